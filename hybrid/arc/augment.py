@@ -1,0 +1,95 @@
+"""One augmentation of a task: a dihedral transform and a permutation of the colours 1..9."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hybrid.arc.task import Grid, Pair, Task
+from hybrid.errors import UserError
+
+DIHEDRAL: tuple[Callable[[npt.NDArray[Any]], npt.NDArray[Any]], ...] = (
+    lambda grid: grid,
+    lambda grid: np.rot90(grid, 1),
+    lambda grid: np.rot90(grid, 2),
+    lambda grid: np.rot90(grid, 3),
+    np.fliplr,
+    np.flipud,
+    np.transpose,
+    lambda grid: np.fliplr(np.rot90(grid)),
+)
+"""t0..t7, numbered as in the published names; rot90 turns counter-clockwise."""
+
+INVERSE_DIHEDRAL = (0, 3, 2, 1, 4, 5, 6, 7)
+"""DIHEDRAL[INVERSE_DIHEDRAL[t]] undoes DIHEDRAL[t]."""
+
+IDENTITY = tuple(range(10))
+_SEPARATOR = "|||"
+_TRANSFORM = re.compile(r"\|\|\|t([0-7])\|\|\|(0[1-9]{9})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """How a variant comes from its task: colours are mapped first, then the grid is turned.
+
+    `task`: the task's id. `dihedral`: index into DIHEDRAL. `colours`: the new colour of each
+    colour 0..9; colour 0 stays 0.
+    """
+
+    task: str
+    dihedral: int = 0
+    colours: tuple[int, ...] = IDENTITY
+
+    def __post_init__(self) -> None:
+        assert self.dihedral in range(len(DIHEDRAL)), self
+        assert tuple(sorted(self.colours)) == IDENTITY and self.colours[0] == 0, self
+
+    @property
+    def name(self) -> str:
+        """`{task}|||t{k}|||{10 digits}` as in published identifiers; the identity: the bare id."""
+        if self.dihedral == 0 and self.colours == IDENTITY:
+            return self.task
+        digits = "".join(map(str, self.colours))
+        return f"{self.task}{_SEPARATOR}t{self.dihedral}{_SEPARATOR}{digits}"
+
+    @classmethod
+    def parse(cls, name: str) -> Augmentation:
+        """The augmentation of that name; raises UserError if the name is malformed."""
+        task, separator, _ = name.partition(_SEPARATOR)
+        match = _TRANSFORM.fullmatch(name[len(task) :])
+        if task and not separator:
+            return cls(task=task)
+        if not task or not match or len(set(match[2])) != len(IDENTITY):
+            raise UserError(
+                f"variant {name!r}: expected a task id or 'id|||tK|||DDDDDDDDDD' with K in 0..7 "
+                "and the digits a permutation of 0123456789 that starts with 0"
+            )
+        return cls(task=task, dihedral=int(match[1]), colours=tuple(map(int, match[2])))
+
+    def apply(self, grid: Grid) -> Grid:
+        """The variant's grid (h, w) or (w, h)."""
+        recoloured = np.array(self.colours, np.uint8)[grid]
+        return np.ascontiguousarray(DIHEDRAL[self.dihedral](recoloured))
+
+    def invert(self, grid: Grid) -> Grid:
+        """The grid that `apply` turns into `grid`; a 0 x 0 prediction stays 0 x 0."""
+        turned = DIHEDRAL[INVERSE_DIHEDRAL[self.dihedral]](grid)
+        return np.ascontiguousarray(np.argsort(self.colours).astype(np.uint8)[turned])
+
+    def apply_task(self, task: Task) -> Task:
+        """Every grid of the task augmented; the result's id is this augmentation's name."""
+        assert task.id == self.task, f"augmentation of {self.task} on task {task.id}"
+        return Task(
+            id=self.name,
+            train=tuple(self._apply_pair(pair) for pair in task.train),
+            test=tuple(self._apply_pair(pair) for pair in task.test),
+        )
+
+    def _apply_pair(self, pair: Pair) -> Pair:
+        output = None if pair.output is None else self.apply(pair.output)
+        return Pair(input=self.apply(pair.input), output=output)

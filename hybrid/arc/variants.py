@@ -1,0 +1,114 @@
+"""Which variants of a task to train on: random augmentations, distinct by content."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hybrid.arc.augment import DIHEDRAL, INVERSE_DIHEDRAL
+from hybrid.arc.task import COLOURS, MAX_SIDE, Grid, Task
+
+UInt8s = npt.NDArray[np.uint8]
+UInt64s = npt.NDArray[np.uint64]
+
+DRAWS_PER_VARIANT = 5
+"""Tasks with few distinct variants (332efdb3) give up after this many draws per variant asked."""
+
+
+def draw_variants(task: Task, count: int, rng: np.random.Generator) -> tuple[UInt8s, UInt8s]:
+    """The identity and up to `count` random variants: dihedral [n] and colours [n, 10].
+
+    n <= count + 1. No two variants have the same content, which is the multiset of demonstrations
+    and test inputs. **Test outputs are not looked at**: they are answers, and not even the choice
+    of training rows may depend on them. At most 5 * count candidates are drawn; a task with fewer
+    distinct variants is no error. How much of `rng` is used depends on the task, so give each
+    task its own.
+    """
+    dihedral = np.zeros(1, np.uint8)
+    colours = np.arange(COLOURS, dtype=np.uint8)[None]
+    content = _TaskHash(task)
+    hashes = content.of_variants(dihedral, colours)
+    first = np.zeros(1, np.intp)
+    for _ in range(DRAWS_PER_VARIANT):
+        drawn = _draw(count, rng)
+        dihedral = np.concatenate([dihedral, drawn[0]])
+        colours = np.concatenate([colours, drawn[1]])
+        hashes = np.concatenate([hashes, content.of_variants(*drawn)])
+        first = np.sort(np.unique(hashes, return_index=True)[1])[: count + 1]
+        if len(first) == count + 1:
+            break
+    return dihedral[first], colours[first]
+
+
+def _draw(count: int, rng: np.random.Generator) -> tuple[UInt8s, UInt8s]:
+    dihedral = rng.integers(0, len(DIHEDRAL), count, dtype=np.uint8)
+    colours = np.zeros((count, COLOURS), np.uint8)
+    colours[:, 1:] = 1 + rng.random((count, COLOURS - 1)).argsort(axis=1)
+    return dihedral, colours
+
+
+class _TaskHash:
+    """64-bit content hashes of a task's variants without building their grids.
+
+    A grid hashes to the sum over its cells of value[colour] * weight[row, column], modulo 2^64.
+    Gathered by colour this is sum_c value[new colour of c] * W[c], where W depends on the grid
+    and the dihedral transform only: eight small tables per grid serve any number of variants.
+    """
+
+    def __init__(self, task: Task) -> None:
+        known = [*task.train, *task.without_answers().test]
+        grids = [_grid_tables(grid) for pair in known for grid in pair.grids]
+        self.cells = np.stack([cells for cells, _ in grids])  # [grids, 8, 10]
+        self.shapes = np.stack([shapes for _, shapes in grids])  # [grids, 8]
+        self.demonstrations = len(task.train)
+
+    def of_variants(self, dihedral: UInt8s, colours: UInt8s) -> UInt64s:
+        """Hash of each variant [n]; equal content has equal hashes whatever the pairs' order."""
+        values = _constants().values[colours]  # [n, 10]
+        hashes = (self.cells[:, dihedral] * values).sum(axis=-1) + self.shapes[:, dihedral]
+        paired = 2 * self.demonstrations
+        inputs, outputs, tests = hashes[0:paired:2], hashes[1:paired:2], hashes[paired:]
+        # Mixing ties an input to its output: a plain sum could not tell which belongs to which.
+        pairs = _mix(_mix(inputs) + outputs).sum(axis=0)
+        # Two mixes above, one below: a test input is not mistaken for anything in a pair.
+        return np.asarray(pairs + _mix(tests).sum(axis=0))
+
+
+class _Constants(NamedTuple):
+    weights: UInt64s  # [30, 30]
+    values: UInt64s  # [10]
+    shapes: UInt64s  # [31, 31]
+
+
+@cache
+def _constants() -> _Constants:
+    """Fixed random numbers: the same hashes in every process and version."""
+    rng = np.random.Generator(np.random.PCG64(20_251_004))
+    sizes = ((MAX_SIDE, MAX_SIDE), (COLOURS,), (MAX_SIDE + 1, MAX_SIDE + 1))
+    return _Constants(*(rng.integers(0, 2**64, size, dtype=np.uint64) for size in sizes))
+
+
+def _grid_tables(grid: Grid) -> tuple[UInt64s, UInt64s]:
+    """Weight of each colour [8, 10] and shape key [8] of the grid under each transform."""
+    constants = _constants()
+    shapes = [transform(grid).shape for transform in DIHEDRAL]
+    # Cell x of the grid ends up where the transform puts it: undoing the transform on the
+    # weights instead brings that place's weight to x.
+    weights = np.stack(
+        [
+            DIHEDRAL[INVERSE_DIHEDRAL[t]](constants.weights[:height, :width]).ravel()
+            for t, (height, width) in enumerate(shapes)
+        ]
+    )
+    of_colour = grid.ravel()[:, None] == np.arange(COLOURS)
+    return weights @ of_colour.astype(np.uint64), constants.shapes[tuple(np.transpose(shapes))]
+
+
+def _mix(x: UInt64s) -> UInt64s:
+    """The finaliser of splitmix64 (Steele, Lea and Flood 2014): a bijection without structure."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

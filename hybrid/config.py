@@ -1,0 +1,324 @@
+"""The whole configuration: one YAML per experiment, `section.key=value` on top, every error at once."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from hybrid.dataset import DataConfig
+from hybrid.errors import UserError, check_fields
+from hybrid.trm import TRMConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathsConfig:
+    """Where things are. Everything hangs from `root`, which all nodes of a cluster must see."""
+
+    root: str = "/data"
+    data: str | None = None
+    """The prepared dataset; root/arc/processed when not given."""
+    runs: str | None = None
+    """Run folders: checkpoints, metrics, logs, evaluations; root/runs when not given."""
+
+    def absolute(self) -> PathsConfig:
+        """The same with every path absolute: workers run in other folders."""
+        root = Path(self.root).expanduser().absolute()
+        data = Path(self.data).expanduser() if self.data else root / "arc" / "processed"
+        runs = Path(self.runs).expanduser() if self.runs else root / "runs"
+        return PathsConfig(root=str(root), data=str(data.absolute()), runs=str(runs.absolute()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Optimisation; the defaults are the published ARC recipe."""
+
+    batch_size: int = 768
+    """Rows of one optimiser step, over all workers together."""
+    epochs: float | None = None
+    """Training length in passes over the tasks, one variant each; or give `steps`."""
+    steps: int | None = None
+    """Training length in optimiser steps; or give `epochs`."""
+    lr: float = 1e-4
+    puzzle_lr: float = 1e-2
+    weight_decay: float = 0.1
+    puzzle_weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    lr_warmup_steps: int = 2000
+    lr_min_ratio: float = 1.0
+    """Cosine decay ends at this part of the rate; 1 keeps it constant, as published."""
+    ema_rate: float = 0.999
+    seed: int = 0
+    save_every: int = 1000
+    """Steps between checkpoints; one is always written at the end."""
+    keep_checkpoints: int = 2
+    probe_pairs: int = 256
+    """Training pairs on which exact accuracy is measured before and after; 0 measures nothing."""
+
+    def __post_init__(self) -> None:
+        problems = check_fields(
+            self,
+            **{n: (1, None) for n in ("batch_size", "steps", "save_every", "keep_checkpoints")},
+            **{n: (0, None) for n in ("epochs", "lr", "puzzle_lr", "lr_warmup_steps", "seed")},
+            **{n: (0, None) for n in ("weight_decay", "puzzle_weight_decay", "probe_pairs")},
+            **{n: (0, 1 - 1e-9) for n in ("beta1", "beta2", "ema_rate")},
+            lr_min_ratio=(0, 1),
+        )
+        if self.epochs is not None and self.steps is not None:
+            problems.append("epochs and steps are both given: give one")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How tasks are solved and voted on."""
+
+    checkpoint: str | None = None
+    """Checkpoint folder; the newest of the run when not given."""
+    variants: int | None = None
+    """Views of a task that vote, the original included; all that the dataset holds when not given."""
+    halt: Literal["published", "fixed", "confident"] = "published"
+    """published: halt_max_steps ACT steps; fixed: `act_steps`; confident: until the halt head says so."""
+    act_steps: int | None = None
+    batch_size: int = 256
+    """Rows an actor runs at a time."""
+    limit: int | None = None
+    """Ask only the first so many tasks; the report calls the score that of a subset."""
+
+    def __post_init__(self) -> None:
+        names = ("variants", "act_steps", "batch_size", "limit")
+        problems = check_fields(self, **{name: (1, None) for name in names})
+        if (self.halt == "fixed") != (self.act_steps is not None):
+            problems.append("act_steps goes with halt=fixed, and only with it")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Processes. The same run gives the same numbers whatever stands here."""
+
+    num_workers: int = 1
+    """Training workers and evaluation actors; 0 runs in this process, without Ray."""
+    use_gpu: bool = False
+    cpus_per_worker: float = 1.0
+    """Ray's bookkeeping only; a worker computes with its share of the machine's cores."""
+    max_failures: int = 3
+    """Times a lost worker or actor is replaced."""
+
+    def __post_init__(self) -> None:
+        problems = check_fields(
+            self, num_workers=(0, None), cpus_per_worker=(0.01, None), max_failures=(-1, None)
+        )
+        if problems:
+            raise ValueError("\n".join(problems))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """What is written while a job runs; metrics.jsonl and train_<rank>.log always are."""
+
+    run: str = ""
+    """Name of the run and of its folder under paths.runs; the config file's name when not given."""
+    every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    wandb: bool = True
+    """Weights & Biases from rank 0, offline by itself where there is no key."""
+
+    def __post_init__(self) -> None:
+        problems = check_fields(self, every=(1, None))
+        if Path(self.run).name != self.run:
+            problems.append(f"run must be a plain name, got {self.run!r}")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The sections."""
+
+    paths: PathsConfig = field(default_factory=PathsConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    trm: TRMConfig = field(default_factory=TRMConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def run_folder(self) -> Path:
+        """Where checkpoints, metrics, logs and evaluations of this run are."""
+        assert self.paths.runs is not None and self.logging.run
+        return Path(self.paths.runs) / self.logging.run
+
+    @property
+    def data_folder(self) -> Path:
+        """Where the prepared dataset is."""
+        assert self.paths.data is not None
+        return Path(self.paths.data)
+
+
+DERIVED = {"trm.seq_len": "data.max_side", "trm.num_puzzle_identifiers": "data.variants"}
+"""Keys of TRMConfig that belong to the data: a user may not set them."""
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config in a YAML file with `section.key=value` overrides on top.
+
+    Raises UserError with every problem found, each with its dotted path, the value and, for an
+    unknown key, the nearest known one.
+    """
+    path = Path(path)
+    raw = _read_yaml(path)
+    problems: list[str] = []
+    for text in overrides:
+        _override(raw, text, problems)
+    config = from_dict(raw, where=str(path), problems=problems)
+    if not config.logging.run:
+        config = replace(config, logging=replace(config.logging, run=path.stem))
+    return config
+
+
+def from_dict(
+    raw: Mapping[str, Any], *, where: str = "config", problems: Sequence[str] = ()
+) -> Config:
+    """A validated Config from nested mappings (a YAML document, a trial of a sweep)."""
+    found = [*problems, *_unknown_keys(Config, raw, "")]
+    try:
+        config: Config = TypeAdapter(Config).validate_python(_known_only(Config, raw))
+    except ValidationError as error:
+        found += [line for detail in error.errors() for line in _explain(detail)]
+    if found:
+        raise UserError(f"{where}: " + "; ".join(found))
+    return replace(config, paths=config.paths.absolute())
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested plain values, without what the data decides; `from_dict` takes it back."""
+    raw = asdict(config)
+    for dotted in DERIVED:
+        section, key = dotted.split(".")
+        del raw[section][key]
+    raw["data"]["training"] = list(config.data.training)
+    raw["data"]["evaluation"] = list(config.data.evaluation)
+    return raw
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], sections: Sequence[str]) -> list[str]:
+    """`section.key: old -> new` for every key that differs between two `to_dict`s."""
+    return [
+        f"{section}.{key}: {old.get(section, {}).get(key)!r} -> {value!r}"
+        for section in sections
+        for key, value in new[section].items()
+        if old.get(section, {}).get(key) != value
+    ]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a config is sections of keys, not a {type(raw).__name__}")
+    return raw
+
+
+def _override(raw: dict[str, Any], text: str, problems: list[str]) -> None:
+    dotted, equals, value = text.partition("=")
+    section, dot, key = dotted.partition(".")
+    if not (equals and dot and section and key):
+        problems.append(f"override {text!r} is not section.key=value")
+        return
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        problems.append(f"override {text!r}: the value is not YAML")
+        return
+    target = raw.setdefault(section, {})
+    if isinstance(target, dict):
+        target[key] = parsed
+
+
+def _section_type(hint: Any) -> Any:
+    return hint if is_dataclass(hint) else None
+
+
+def _unknown_keys(cls: Any, raw: Any, prefix: str) -> list[str]:
+    if raw is None:
+        return []
+    if not isinstance(raw, Mapping):
+        return [f"{prefix.rstrip('.')}: must be a section of keys, got {raw!r}"]
+    hints = typing.get_type_hints(cls)
+    known = [field.name for field in fields(cls)]
+    found = []
+    for key, value in raw.items():
+        dotted = f"{prefix}{key}"
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
+            found.append(f"{dotted}: unknown key, {hint}")
+        elif dotted in DERIVED:
+            found.append(f"{dotted}: follows from {DERIVED[dotted]} and cannot be set")
+        elif _section_type(hints[key]):
+            found += _unknown_keys(hints[key], value, f"{dotted}.")
+    return found
+
+
+def _known_only(cls: Any, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """`raw` without what `_unknown_keys` complained of, so that the other errors show as well."""
+    hints = typing.get_type_hints(cls)
+    kept: dict[str, Any] = {}
+    for key, value in raw.items():
+        if key not in hints:
+            continue
+        section = _section_type(hints[key])
+        if section is None:
+            kept[key] = value
+        elif isinstance(value, Mapping):
+            kept[key] = _known_only(section, value)
+    return kept
+
+
+def _explain(detail: Mapping[str, Any]) -> list[str]:
+    place = ".".join(str(part) for part in detail["loc"] if not str(part).startswith("function-"))
+    if detail["type"] == "value_error":
+        # A section's __post_init__: one problem a line, each beginning with the key's name.
+        return [f"{place}.{line}" for line in str(detail["ctx"]["error"]).splitlines()]
+    return [f"{place}: {detail['msg'].lower()}, got {detail['input']!r}"]
+
+
+__all__ = [
+    "ClusterConfig",
+    "Config",
+    "DataConfig",
+    "EvaluationConfig",
+    "LoggingConfig",
+    "PathsConfig",
+    "TRMConfig",
+    "TrainingConfig",
+    "differences",
+    "dump",
+    "from_dict",
+    "load",
+    "to_dict",
+]

@@ -1,0 +1,32 @@
+"""What a dataset is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from hybrid.errors import check_fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Sources, augmentation and canvas; everything here is part of the dataset's fingerprint."""
+
+    training: tuple[str, ...] = ("arc1-training",)
+    """Sources whose every pair with an output is trained on."""
+    evaluation: tuple[str, ...] = ("arc1-evaluation",)
+    """Sources whose demonstrations are trained on and whose tests are asked."""
+    variants: int = 1000
+    """Augmentations drawn per task, beside the original."""
+    max_side: int = 30
+    """Side of the canvas. Tasks with a larger demonstration or test input are left out, and counted."""
+    on_overlap: Literal["refuse", "drop"] = "refuse"
+    """What to do with a training task that holds a test pair of an evaluation task."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems = check_fields(self, variants=(0, 10**6), max_side=(1, 30), seed=(0, 2**63))
+        if not self.training and not self.evaluation:
+            problems.append("training and evaluation are both empty: no source to read")
+        if problems:
+            raise ValueError("\n".join(problems))

@@ -1,0 +1,230 @@
+"""From sources to a dataset folder: read, check, draw variants, write at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hybrid.arc import Task, draw_variants, find_overlap, load_tasks, source_version
+from hybrid.dataset.config import DataConfig
+from hybrid.dataset.store import FORMAT, TABLES, TASKS, VARIANTS, Purpose, digest, grids_to_arrow
+from hybrid.errors import UserError
+
+Say = Callable[[str], None]
+TASKS_FILE, VARIANTS_FILE = TABLES
+VARIANTS_PER_ROW_GROUP = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selected:
+    """A task that goes into the dataset."""
+
+    task: Task
+    purpose: Purpose
+    source: str
+
+
+def prepare(config: DataConfig, folder: str | Path, say: Say = print) -> dict[str, Any]:
+    """Write the dataset that `config` describes to `folder`; returns dataset.json.
+
+    A dataset of the same config and sources that is already there is left as it is. The same
+    config gives the same bytes. `folder` changes in one rename: a killed run leaves what was there.
+    Raises UserError for bad sources and, with on_overlap=refuse, for contamination.
+    """
+    folder = Path(folder)
+    versions = {source: source_version(source) for source in _sources(config)}
+    recipe = {"config": _plain(config), "sources": versions}
+    existing = _existing(folder, recipe)
+    if existing:
+        say(f"{folder}: already prepared, {existing['counts']}")
+        return existing
+    selected, report = select(config, say)
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        meta = {"format": FORMAT, **recipe, **report, **_write(partial, config, selected, say)}
+        (partial / "dataset.json").write_text(json.dumps(meta, indent=1) + "\n")
+        _replace(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    say(f"{folder}: {meta['counts']}, fingerprint {meta['fingerprint'][:12]}")
+    return meta
+
+
+def select(config: DataConfig, say: Say) -> tuple[list[Selected], dict[str, Any]]:
+    """The tasks of all sources that fit the canvas and leak no test, and a report of the others."""
+    training = _read(config.training, "training", say)
+    evaluation = _read(config.evaluation, "evaluation", say)
+    found = len(training) + len(evaluation)
+    asked = len(evaluation)
+    training = [s for s in training if s.task.max_side <= config.max_side]
+    # Whether an evaluation task fits is decided without its answers: those are not known.
+    evaluation = [s for s in evaluation if s.task.without_answers().max_side <= config.max_side]
+    too_large = found - len(training) - len(evaluation)
+    if too_large:
+        say(f"{too_large} of {found} tasks do not fit a canvas of side {config.max_side}: left out")
+    training, dropped = _without_leaks(config, training, evaluation, say)
+    if not training and not evaluation:
+        raise UserError(f"data.max_side={config.max_side}: no task fits this canvas")
+    _refuse_duplicates(training + evaluation)
+    report = {
+        "excluded": {"too_large": too_large, "leaking": dropped},
+        "evaluation": {"asked": len(evaluation), "of": asked},
+    }
+    return training + evaluation, report
+
+
+def _read(sources: tuple[str, ...], purpose: Purpose, say: Say) -> list[Selected]:
+    """The tasks of several sources by id; the same task twice is one task."""
+    by_id: dict[str, Selected] = {}
+    for source in sources:
+        tasks = load_tasks(source)
+        say(f"{source}: {len(tasks)} tasks for {purpose}")
+        for task in tasks:
+            other = by_id.setdefault(task.id, Selected(task=task, purpose=purpose, source=source))
+            if other.task != task:
+                raise UserError(f"{source}: task {task.id} differs from the one in {other.source}")
+    return [by_id[task_id] for task_id in sorted(by_id)]
+
+
+def _without_leaks(
+    config: DataConfig, training: list[Selected], evaluation: list[Selected], say: Say
+) -> tuple[list[Selected], list[str]]:
+    """Training tasks that hold no test of an evaluation task, and the ids of the others.
+
+    Tests are known by their *input*: what is dropped must not depend on the answers.
+    """
+    asked = [s.task.without_answers() for s in evaluation]
+    overlap = find_overlap([s.task for s in training], asked)
+    leaking = overlap.leaking_tasks
+    if leaking:
+        say(overlap.describe())
+        if config.on_overlap == "refuse":
+            raise UserError(
+                f"data.training: {len(leaking)} tasks hold a test of an evaluation task"
+                f" ({', '.join(sorted(leaking)[:5])}{', ...' if len(leaking) > 5 else ''});"
+                " data.on_overlap=drop leaves them out"
+            )
+        say(f"{len(leaking)} training tasks left out")
+    among = find_overlap([s.task.without_answers() for s in evaluation], [s.task for s in evaluation])
+    for known, task in among.leaks:
+        raise UserError(f"data.evaluation: a test of task {task} is a demonstration of task {known}")
+    return [s for s in training if s.task.id not in leaking], sorted(leaking)
+
+
+def _refuse_duplicates(selected: list[Selected]) -> None:
+    seen: dict[str, Selected] = {}
+    for s in selected:
+        other = seen.setdefault(s.task.id, s)
+        if other is not s:
+            raise UserError(
+                f"task {s.task.id} is both in {other.source} ({other.purpose})"
+                f" and in {s.source} ({s.purpose})"
+            )
+
+
+def _write(
+    folder: Path, config: DataConfig, selected: list[Selected], say: Say
+) -> dict[str, Any]:
+    rows = [grids_to_arrow(s.task, s.purpose, s.source) for s in selected]
+    pq.write_table(pa.Table.from_pylist(rows, TASKS), folder / TASKS_FILE, compression="zstd")
+    fingerprint = hashlib.sha256(json.dumps(_plain(config)).encode())
+    for s in selected:
+        seen = s.task.without_answers() if s.purpose == "evaluation" else s.task
+        fingerprint.update(f"{s.purpose} {s.task.id} {seen.content_hash}\n".encode())
+    count = 0
+    with pq.ParquetWriter(folder / VARIANTS_FILE, VARIANTS, compression="zstd") as writer:
+        for batch in _variant_batches(config, selected, say):
+            for column in batch.columns:
+                fingerprint.update(column.buffers()[1])
+            writer.write_batch(batch)
+            count += len(batch)
+    pairs = sum(
+        len(s.task.train if s.purpose == "evaluation" else s.task.pairs) for s in selected
+    )
+    purposes = [s.purpose for s in selected]
+    return {
+        "counts": {
+            "tasks": len(selected),
+            "training_tasks": purposes.count("training"),
+            "evaluation_tasks": purposes.count("evaluation"),
+            "evaluation_outputs": sum(
+                len(s.task.test) for s in selected if s.purpose == "evaluation"
+            ),
+            "training_pairs": pairs,
+            "variants": count,
+        },
+        "fingerprint": fingerprint.hexdigest(),
+        "files": {name: digest(folder / name) for name in (TASKS_FILE, VARIANTS_FILE)},
+    }
+
+
+
+def _variant_batches(
+    config: DataConfig, selected: list[Selected], say: Say
+) -> Iterator[pa.RecordBatch]:
+    """The plan in row groups of at least VARIANTS_PER_ROW_GROUP rows, saying how far it is."""
+    parts: list[tuple[int, Any, Any]] = []
+    held = 0
+    for row, s in enumerate(selected):
+        # A generator of its own for every task: its variants do not depend on its neighbours.
+        key = int.from_bytes(hashlib.sha256(s.task.id.encode()).digest()[:8], "little")
+        rng = np.random.default_rng([config.seed, key])
+        dihedral, colours = draw_variants(s.task.without_answers(), config.variants, rng)
+        parts.append((row, dihedral, colours))
+        held += len(dihedral)
+        if held >= VARIANTS_PER_ROW_GROUP or row == len(selected) - 1:
+            yield _variant_batch(parts)
+            parts, held = [], 0
+        if (row + 1) % 100 == 0 or row == len(selected) - 1:
+            say(f"variants: {row + 1}/{len(selected)} tasks")
+
+
+def _variant_batch(parts: list[tuple[int, Any, Any]]) -> pa.RecordBatch:
+    tasks = np.concatenate([np.full(len(d), row, np.int32) for row, d, _ in parts])
+    dihedral = np.concatenate([d for _, d, _ in parts])
+    colours = np.ascontiguousarray(np.concatenate([c for _, _, c in parts]))
+    packed = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(10), len(colours), [None, pa.py_buffer(colours)]
+    )
+    return pa.record_batch([pa.array(tasks), pa.array(dihedral), packed], schema=VARIANTS)
+
+
+def _replace(partial: Path, folder: Path) -> None:
+    """Put the new folder in place of the old one, which is out of the way for one rename only."""
+    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _existing(folder: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
+    """dataset.json in `folder` if it was made by this recipe and its tables are whole."""
+    try:
+        meta: dict[str, Any] = json.loads((folder / "dataset.json").read_text())
+        whole = all(digest(folder / name) == value for name, value in meta["files"].items())
+        same = meta["format"] == FORMAT and all(meta[key] == recipe[key] for key in recipe)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return meta if whole and same else None
+
+
+def _sources(config: DataConfig) -> list[str]:
+    return sorted({*config.training, *config.evaluation})
+
+
+def _plain(config: DataConfig) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}

@@ -1,0 +1,191 @@
+"""The dataset folder: tasks and variants as Parquet, and `dataset.json` that says what they are.
+
+    tasks.parquet      one row a task: id, purpose, source, grids
+    variants.parquet   one row a variant: task (row of tasks.parquet), dihedral, colours; a *plan*,
+                       the grids are made when a row is needed
+    dataset.json       counts, seed, source versions, fingerprint, digests of the two files
+
+The puzzle identifier of variant row v is v + 1; identifier 0 is the blank puzzle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hybrid.arc import Augmentation, Grid, Pair, Task
+from hybrid.errors import UserError
+
+FORMAT = 1
+TABLES = ("tasks.parquet", "variants.parquet")
+Purpose = Literal["training", "evaluation"]
+
+_GRID = pa.struct([("height", pa.uint8()), ("width", pa.uint8()), ("cells", pa.binary())])
+_PAIRS = pa.list_(pa.struct([("input", _GRID), ("output", _GRID)]))
+TASKS = pa.schema(
+    [
+        ("id", pa.string()),
+        ("purpose", pa.string()),
+        ("source", pa.string()),
+        ("content_hash", pa.string()),
+        ("train", _PAIRS),
+        ("test", _PAIRS),
+    ]
+)
+VARIANTS = pa.schema([("task", pa.int32()), ("dihedral", pa.uint8()), ("colours", pa.binary(10))])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Dataset:
+    """Everything in the folder, in memory: the plan is small (16 bytes a variant)."""
+
+    folder: Path
+    meta: dict[str, Any]
+    """dataset.json."""
+    tasks: tuple[Task, ...]
+    purposes: tuple[Purpose, ...]
+    task_of: npt.NDArray[np.int32]
+    """[V] row in `tasks` of each variant; variants of a task are together, the original first."""
+    dihedral: npt.NDArray[np.uint8]
+    """[V]"""
+    colours: npt.NDArray[np.uint8]
+    """[V, 10]"""
+
+    @staticmethod
+    def open(folder: str | Path) -> Dataset:
+        """The dataset in `folder`; UserError if it is missing, incomplete or was changed."""
+        folder = Path(folder)
+        meta = _read_meta(folder)
+        tables = {name: _read_table(folder / name, meta) for name in TABLES}
+        rows = tables["tasks.parquet"].to_pylist()
+        variants = tables["variants.parquet"]
+        colours = variants["colours"].combine_chunks().buffers()[1]
+        return Dataset(
+            folder=folder,
+            meta=meta,
+            tasks=tuple(_task(row) for row in rows),
+            purposes=tuple(row["purpose"] for row in rows),
+            task_of=variants["task"].to_numpy(),
+            dihedral=variants["dihedral"].to_numpy(),
+            colours=np.frombuffer(colours, np.uint8, 10 * len(variants)).reshape(-1, 10),
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of all that a model can see: everything but the answers of evaluation tasks."""
+        return str(self.meta["fingerprint"])
+
+    @property
+    def canvas(self) -> int:
+        """Side of the canvas that every grid is put on."""
+        return int(self.meta["config"]["max_side"])
+
+    @property
+    def num_identifiers(self) -> int:
+        """Rows of the puzzle table that fits this dataset."""
+        return len(self.task_of) + 1
+
+    @cached_property
+    def first_variant(self) -> npt.NDArray[np.int64]:
+        """[T + 1]: the variants of task t are rows first_variant[t] to first_variant[t + 1]."""
+        return np.searchsorted(self.task_of, np.arange(len(self.tasks) + 1))
+
+    @cached_property
+    def asked(self) -> tuple[int, ...]:
+        """Rows in `tasks` of the evaluation tasks."""
+        return tuple(t for t, purpose in enumerate(self.purposes) if purpose == "evaluation")
+
+    def training_pairs(self, task: int) -> tuple[Pair, ...]:
+        """The pairs of a task that may be trained on: of an evaluation task its demonstrations."""
+        if self.purposes[task] == "evaluation":
+            return self.tasks[task].train
+        return tuple(pair for pair in self.tasks[task].pairs if pair.output is not None)
+
+    def augmentation(self, variant: int) -> Augmentation:
+        """The augmentation that variant row `variant` names."""
+        return Augmentation(
+            task=self.tasks[int(self.task_of[variant])].id,
+            dihedral=int(self.dihedral[variant]),
+            colours=tuple(int(colour) for colour in self.colours[variant]),
+        )
+
+
+def grids_to_arrow(task: Task, purpose: Purpose, source: str) -> dict[str, Any]:
+    """One row of tasks.parquet."""
+
+    def grid(value: Grid | None) -> dict[str, Any] | None:
+        if value is None:
+            return None
+        return {"height": value.shape[0], "width": value.shape[1], "cells": value.tobytes()}
+
+    def pairs(values: Sequence[Pair]) -> list[dict[str, Any]]:
+        return [{"input": grid(pair.input), "output": grid(pair.output)} for pair in values]
+
+    return {
+        "id": task.id,
+        "purpose": purpose,
+        "source": source,
+        "content_hash": task.content_hash,
+        "train": pairs(task.train),
+        "test": pairs(task.test),
+    }
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _task(row: dict[str, Any]) -> Task:
+    def grid(value: dict[str, Any] | None) -> Grid | None:
+        if value is None:
+            return None
+        cells = np.frombuffer(value["cells"], np.uint8)
+        return cells.reshape(value["height"], value["width"])
+
+    def pairs(values: list[dict[str, Any]]) -> tuple[Pair, ...]:
+        found = []
+        for value in values:
+            given = grid(value["input"])
+            assert given is not None
+            found.append(Pair(input=given, output=grid(value["output"])))
+        return tuple(found)
+
+    return Task(id=row["id"], train=pairs(row["train"]), test=pairs(row["test"]))
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    path = folder / "dataset.json"
+    try:
+        meta = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no dataset here; run jobs/prepare.py first") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); prepare it again") from error
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT or "files" not in meta:
+        raise UserError(f"{path}: not a dataset of format {FORMAT}; prepare it again")
+    return meta
+
+
+def _read_table(path: Path, meta: dict[str, Any]) -> pa.Table:
+    schema = TASKS if path.name == TABLES[0] else VARIANTS
+    try:
+        if digest(path) != meta["files"].get(path.name):
+            raise UserError(f"{path}: changed since it was prepared; prepare it again")
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
+    if not table.schema.equals(schema):
+        raise UserError(f"{path}: has columns {table.schema.names}, expected {schema.names}")
+    return table

@@ -1,0 +1,129 @@
+"""The order of training rows, a pure function of (seed, epoch), and the rows themselves.
+
+An epoch draws one variant of every task and deals out all training pairs of it; the pairs of one
+epoch, task after task in random order, are its rows. Rows are numbered through all epochs: the
+number is the *position* in the stream.
+
+A batch has `slots`. Slot s of S takes positions s, S + s, 2 S + s, ...: its k-th row belongs to
+*round* k. So a slot's place in the stream is one number, whoever computes the slot, and no row is
+skipped however long its neighbours keep theirs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from hybrid.arc import DIHEDRAL, PAD, Augmentation, Pair, encode_grid
+from hybrid.dataset.store import Dataset
+
+Ints: TypeAlias = npt.NDArray[np.int64]
+Rows: TypeAlias = dict[str, npt.NDArray[np.generic]]
+"""inputs, labels: uint8 tokens [n, L] (PAD is not scored); puzzle_identifiers: int32 [n]."""
+
+TRANSPOSING = np.array([transform(np.empty((1, 2))).shape == (2, 1) for transform in DIHEDRAL])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """The rows of one epoch, [R] each."""
+
+    variant: Ints
+    """Row of the dataset's variants."""
+    pair: Ints
+    """Number of the training pair, over all tasks."""
+    row: Ints
+    """Translation, in cells."""
+    column: Ints
+
+
+class Stream:
+    """Training rows of a dataset by position."""
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        pairs = [dataset.training_pairs(task) for task in range(len(dataset.tasks))]
+        self.pairs: list[Pair] = [pair for of_task in pairs for pair in of_task]
+        self._task_of_pair = np.repeat(np.arange(len(pairs)), [len(of_task) for of_task in pairs])
+        shapes = [np.max([grid.shape for grid in pair.grids], axis=0) for pair in self.pairs]
+        self._sides = np.array(shapes, np.int64).reshape(-1, 2)  # [R, (height, width)]
+        self._epoch = lru_cache(maxsize=4)(self._draw_epoch)
+
+    def __len__(self) -> int:
+        """Rows of an epoch."""
+        return len(self.pairs)
+
+    def rows(self, positions: Ints) -> Rows:
+        """The rows at `positions` [n], augmented, translated and tokenised."""
+        epochs, places = np.divmod(positions, len(self))
+        canvas = self.dataset.canvas
+        inputs = np.empty((len(positions), canvas * canvas), np.uint8)
+        labels = np.empty_like(inputs)
+        identifiers = np.empty(len(positions), np.int32)
+        for n, (number, place) in enumerate(zip(epochs.tolist(), places.tolist(), strict=True)):
+            epoch = self._epoch(number)
+            variant = int(epoch.variant[place])
+            pair = self.pairs[int(epoch.pair[place])]
+            offset = int(epoch.row[place]), int(epoch.column[place])
+            inputs[n], labels[n] = encode_pair(
+                pair, self.dataset.augmentation(variant), canvas, offset
+            )
+            identifiers[n] = variant + 1
+        return {"inputs": inputs, "labels": labels, "puzzle_identifiers": identifiers}
+
+    def rounds(self, first: int, count: int, slots: range, total_slots: int) -> Rows:
+        """Rounds `first` to `first + count` of some slots, round by round: n = count * len(slots)."""
+        rounds = np.arange(first, first + count, dtype=np.int64)[:, None]
+        return self.rows((rounds * total_slots + np.array(slots, np.int64)).ravel())
+
+    def original_pairs(self, count: int) -> Rows:
+        """Up to `count` training pairs as they are in the original tasks, evenly chosen."""
+        chosen = np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).astype(np.int64))
+        canvas = self.dataset.canvas
+        encoded = [
+            encode_pair(self.pairs[pair], Augmentation(task=""), canvas, (0, 0)) for pair in chosen
+        ]
+        inputs, labels = zip(*encoded, strict=True)
+        originals = self.dataset.first_variant[self._task_of_pair[chosen]]
+        return {
+            "inputs": np.stack(inputs),
+            "labels": np.stack(labels),
+            "puzzle_identifiers": (originals + 1).astype(np.int32),
+        }
+
+    def _draw_epoch(self, epoch: int) -> Epoch:
+        rng = np.random.default_rng([self.seed, epoch])
+        tasks = len(self.dataset.tasks)
+        first = self.dataset.first_variant
+        variant_of_task = rng.integers(first[:-1], first[1:])
+        # One draw for every task and one for every pair: tasks in random order, and the pairs of
+        # each in random order.
+        order = np.lexsort((rng.random(len(self)), rng.permutation(tasks)[self._task_of_pair]))
+        task = self._task_of_pair[order]
+        variant = variant_of_task[task]
+
+        turned = TRANSPOSING[self.dataset.dihedral[variant]][:, None]
+        sides = np.where(turned, self._sides[order][:, ::-1], self._sides[order])
+        room = self.dataset.canvas - sides + 1
+        offset = (rng.random(sides.shape) * room).astype(np.int64)
+        # The first pair of each variant stays where it is.
+        offset[np.flatnonzero(np.diff(task, prepend=-1))] = 0
+        return Epoch(variant=variant, pair=order, row=offset[:, 0], column=offset[:, 1])
+
+
+def encode_pair(
+    pair: Pair, augmentation: Augmentation, canvas: int, offset: tuple[int, int]
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    """Tokens of input and output, [L] uint8 each, both at the same offset."""
+    assert pair.output is not None
+    inputs, labels = (
+        encode_grid(augmentation.apply(grid), canvas, offset) for grid in (pair.input, pair.output)
+    )
+    # A row without labels would teach the halt head that silence is right.
+    assert (labels != PAD).any()
+    return inputs, labels

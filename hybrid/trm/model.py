@@ -1,0 +1,231 @@
+"""The Tiny Recursive Model (arXiv 2510.04871).
+
+    x    embedded question: puzzle prefix and grid tokens   [B, P+L, D]
+    z_H  the answer so far, the paper's y                   [B, P+L, D]
+    z_L  the latent reasoning, the paper's z                [B, P+L, D]
+
+One *cycle* improves z_L `L_cycles` times, then z_H once. One *ACT step* is `H_cycles` cycles and one
+supervision; a row lives for up to `halt_max_steps` of them, its carry detached in between.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from hybrid.trm.config import TRMConfig
+from hybrid.trm.layers import Block, Linear, Rotary, rotary_table, truncated_normal_
+
+Batch = Mapping[str, Tensor]
+"""inputs [B, L], puzzle_identifiers [B] and, where there is an answer, labels [B, L]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Carry:
+    """What a slot keeps between ACT steps."""
+
+    z_H: Tensor
+    """[B, P+L, D]"""
+    z_L: Tensor
+    """[B, P+L, D]"""
+    steps: Tensor
+    """[B] int32, ACT steps the present row has had."""
+    halted: Tensor
+    """[B] bool: the slot starts afresh, with new data, in the next ACT step."""
+    current: dict[str, Tensor]
+    """The batch's tensors as the slots hold them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """What an ACT step says."""
+
+    logits: Tensor
+    """[B, L, vocabulary]"""
+    q_halt: Tensor
+    """[B] float32: logit of "this answer is right, stop"."""
+    q_continue: Tensor
+    """[B] float32: the halt head's second logit, published and unused."""
+    puzzle_rows: Tensor | None
+    """[B, puzzle_emb_ndim]: the rows that went in; in training a leaf whose .grad the table's step reads."""
+
+
+class TRM(nn.Module):
+    """The network, its puzzle table and the ACT step.
+
+    Initialisation (`seed` decides it, on the CPU, whatever the device):
+
+        linear weights       truncated normal, std 1/sqrt(fan_in)
+        token, positions     truncated normal, std 1/sqrt(D)
+        H_init, L_init       truncated normal, std 1; buffers, not trained
+        halt head            weight 0, bias -5: nobody halts at first
+        puzzle table         0; a buffer with its own optimiser
+    """
+
+    H_init: Tensor
+    L_init: Tensor
+    puzzle_table: Tensor
+
+    def __init__(self, config: TRMConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        D = config.hidden_size
+        self.embed_tokens = nn.Parameter(torch.empty(config.vocab_size, D))
+        if config.pos_encodings == "learned":
+            self.embed_pos = nn.Parameter(torch.empty(config.positions, D))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.L_layers))
+        self.lm_head = Linear(D, config.vocab_size)
+        self.q_head = Linear(D, 2, bias=True)
+        self.register_buffer("H_init", torch.empty(D))
+        self.register_buffer("L_init", torch.empty(D))
+        table = torch.zeros(config.num_puzzle_identifiers, config.puzzle_emb_ndim)
+        self.register_buffer("puzzle_table", table)
+        self._rotary: Rotary | None = None
+        self.init_weights(seed)
+
+    def init_weights(self, seed: int) -> None:
+        """Draw every weight anew, as in the table above."""
+        generator = torch.Generator().manual_seed(seed)
+        D = self.config.hidden_size
+        truncated_normal_(self.embed_tokens, 1 / math.sqrt(D), generator)
+        if self.config.pos_encodings == "learned":
+            truncated_normal_(self.embed_pos, 1 / math.sqrt(D), generator)
+        for module in (*self.blocks.modules(), self.lm_head):
+            if isinstance(module, Linear):
+                truncated_normal_(module.weight, 1 / math.sqrt(module.weight.shape[1]), generator)
+        assert self.q_head.bias is not None
+        nn.init.zeros_(self.q_head.weight)
+        nn.init.constant_(self.q_head.bias, -5.0)
+        truncated_normal_(self.H_init, 1.0, generator)
+        truncated_normal_(self.L_init, 1.0, generator)
+        self.puzzle_table.zero_()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the recursion computes in."""
+        if self.config.forward_dtype != "auto":
+            return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[
+                self.config.forward_dtype
+            ]
+        return torch.bfloat16 if self.H_init.device.type == "cuda" else torch.float32
+
+    def initial_carry(self, batch: Batch) -> Carry:
+        """A carry whose slots are all halted: the first ACT step fills them from its batch."""
+        tokens = batch["inputs"]
+        B = tokens.shape[0]
+        shape = (B, self.config.positions, self.config.hidden_size)
+        # Zeros, not empty: memory that happens to hold NaN must not reach `where`'s gradient.
+        return Carry(
+            z_H=torch.zeros(shape, dtype=self.dtype, device=tokens.device),
+            z_L=torch.zeros(shape, dtype=self.dtype, device=tokens.device),
+            steps=torch.zeros(B, dtype=torch.int32, device=tokens.device),
+            halted=torch.ones(B, dtype=torch.bool, device=tokens.device),
+            current={name: torch.zeros_like(value) for name, value in batch.items()},
+        )
+
+    def act_step(
+        self,
+        carry: Carry,
+        batch: Batch,
+        *,
+        puzzle_rows: Tensor | None = None,
+        exploration: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Carry, Outputs]:
+        """One supervision step: halted slots take their row of the batch, the others go on.
+
+        `puzzle_rows` [B, puzzle_emb_ndim] stand in for the table's where given. `exploration` is a
+        pair of uniform draws [B] in [0, 1): whether to explore, and the minimum number of steps;
+        drawn from torch's global generator where None. In training gradient flows through the last
+        cycle; the new carry is detached.
+        """
+        carry = self._refill(carry, batch)
+        x, puzzle_rows = self._embed(carry.current, puzzle_rows)
+        z_H, z_L = self._think(x, carry.z_H, carry.z_L)
+
+        q = self.q_head(z_H[:, 0]).float()
+        outputs = Outputs(
+            logits=self.lm_head(z_H)[:, self.config.prefix :],
+            q_halt=q[:, 0],
+            q_continue=q[:, 1],
+            puzzle_rows=puzzle_rows,
+        )
+        steps = carry.steps + 1
+        halted = self._halt(steps, outputs.q_halt.detach(), exploration)
+        z_H, z_L = z_H.detach(), z_L.detach()
+        return replace(carry, z_H=z_H, z_L=z_L, steps=steps, halted=halted), outputs
+
+    def _think(self, x: Tensor, z_H: Tensor, z_L: Tensor) -> tuple[Tensor, Tensor]:
+        """The recursion: the paper's deep recursion of T cycles, gradient in the last one only."""
+        for cycle in range(self.config.H_cycles):
+            last = cycle == self.config.H_cycles - 1
+            with nullcontext() if last else torch.no_grad():
+                for _ in range(self.config.L_cycles):
+                    z_L = self._net(z_L, z_H + x)
+                z_H = self._net(z_H, z_L)
+        return z_H, z_L
+
+    def _net(self, h: Tensor, inject: Tensor) -> Tensor:
+        h = h + inject
+        rotary = self._positions(h.device)
+        for block in self.blocks:
+            h = block(h, rotary)
+        return h
+
+    def _embed(self, current: Batch, puzzle_rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x [B, P+L, D], and the puzzle rows in it (a leaf while training)."""
+        D, P = self.config.hidden_size, self.config.prefix
+        x = self.embed_tokens.to(self.dtype)[current["inputs"].long()]
+        if P:
+            if puzzle_rows is None:
+                puzzle_rows = self.puzzle_table[current["puzzle_identifiers"].long()]
+                if self.training and torch.is_grad_enabled():
+                    puzzle_rows = puzzle_rows.detach().requires_grad_()
+            rows = puzzle_rows.to(self.dtype)
+            padded = nn.functional.pad(rows, (0, P * D - rows.shape[-1]))
+            x = torch.cat((padded.view(-1, P, D), x), dim=1)
+        if self.config.pos_encodings == "learned":
+            x = 0.707106781 * (x + self.embed_pos.to(self.dtype))
+        return x * math.sqrt(D), puzzle_rows
+
+    def _refill(self, carry: Carry, batch: Batch) -> Carry:
+        """Halted slots get fresh states and their row of the batch."""
+        fresh = carry.halted
+        state = fresh.view(-1, 1, 1)
+        current = {
+            name: torch.where(fresh.view(-1, *(1,) * (value.dim() - 1)), batch[name], value)
+            for name, value in carry.current.items()
+        }
+        return Carry(
+            z_H=torch.where(state, self.H_init.to(self.dtype), carry.z_H),
+            z_L=torch.where(state, self.L_init.to(self.dtype), carry.z_L),
+            steps=torch.where(fresh, 0, carry.steps),
+            halted=fresh,
+            current=current,
+        )
+
+    def _halt(
+        self, steps: Tensor, q_halt: Tensor, exploration: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """[B] bool. In evaluation as published: all halt_max_steps, whatever the halt head says."""
+        most = self.config.halt_max_steps
+        last = steps >= most
+        if not self.training or most == 1:
+            return last
+        explore, least = exploration or (torch.rand_like(q_halt), torch.rand_like(q_halt))
+        minimum = (explore < self.config.halt_exploration_prob) * (2 + (least * (most - 1)).long())
+        return (last | (q_halt > 0)) & (steps >= minimum)
+
+    def _positions(self, device: torch.device) -> Rotary | None:
+        if self.config.pos_encodings != "rope" or self.config.mlp_t:
+            return None
+        if self._rotary is None or self._rotary[0].device != device:
+            dim = self.config.hidden_size // self.config.num_heads
+            table = rotary_table(self.config.positions, dim, self.config.rope_theta, device)
+            self._rotary = table
+        return self._rotary
+

@@ -1,0 +1,92 @@
+"""Adam-atan2 for the weights, sign-SGD for the puzzle table, the schedule, the moving average."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+
+def learning_rate(
+    step: int, *, base: float, warmup: int, total: int, min_ratio: float
+) -> float:
+    """Rate of step 1, 2, ...: linear warm-up, then cosine from base to base * min_ratio."""
+    if step < warmup:
+        return base * step / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return base * (min_ratio + (1 - min_ratio) * cosine)
+
+
+class AdamAtan2:
+    """Adam with atan2 in place of the division (arXiv 2407.05872): no epsilon, scale-free.
+
+        p *= 1 - lr * weight_decay
+        p -= lr / (1 - beta1^t) * atan2(m, sqrt(v) / sqrt(1 - beta2^t))
+
+    The first moment's correction stands outside atan2, so that the first step is almost lr.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.1,
+    ) -> None:
+        self.parameters = dict(parameters)
+        self.betas = betas
+        self.weight_decay = weight_decay
+        self.t = 0
+        self.m = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        self.v = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Move every parameter by its .grad, which every one must have."""
+        self.t += 1
+        beta1, beta2 = self.betas
+        p, m, v = list(self.parameters.values()), list(self.m.values()), list(self.v.values())
+        grads = []
+        for name, parameter in self.parameters.items():
+            assert parameter.grad is not None, f"{name} has no gradient"
+            grads.append(parameter.grad)
+        torch._foreach_lerp_(m, grads, 1 - beta1)
+        torch._foreach_mul_(v, beta2)
+        torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
+        root = torch._foreach_sqrt(v)
+        torch._foreach_div_(root, math.sqrt(1 - beta2**self.t))
+        torch._foreach_mul_(p, 1 - lr * self.weight_decay)
+        scale = -lr / (1 - beta1**self.t)
+        torch._foreach_add_(p, [torch.atan2(a, b) for a, b in zip(m, root, strict=True)], alpha=scale)
+
+
+@torch.no_grad()
+def sign_sgd_(
+    table: Tensor, ids: Tensor, grads: Tensor, *, lr: float, weight_decay: float
+) -> None:
+    """Sign-SGD with decoupled decay on the rows of `table` that `ids` [B] touch, in place.
+
+    `grads` [B, ndim] of one id are summed over the *global* batch before the sign is taken.
+    """
+    rows, place = ids.long().unique(return_inverse=True)
+    summed = torch.zeros(len(rows), grads.shape[1], dtype=grads.dtype, device=grads.device)
+    summed.index_add_(0, place, grads)
+    table[rows] = table[rows] * (1 - lr * weight_decay) - lr * summed.sign()
+
+
+class MovingAverage:
+    """EMA of the trained weights alone: no buffers, no puzzle table."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], rate: float) -> None:
+        self.parameters = dict(parameters)
+        self.rate = rate
+        self.shadow = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """shadow = rate * shadow + (1 - rate) * weight, after every optimiser step."""
+        values: Iterable[Tensor] = self.parameters.values()
+        torch._foreach_lerp_(list(self.shadow.values()), list(values), 1 - self.rate)

@@ -1,0 +1,147 @@
+"""Checkpoints of the published TRM, in and out: their tensor names, their config keys."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybrid.errors import UserError
+from hybrid.trm.config import TRMConfig
+from hybrid.trm.model import TRM
+
+log = logging.getLogger(__name__)
+
+RENAMED = {
+    "embed_tokens": "inner.embed_tokens.embedding_weight",
+    "embed_pos": "inner.embed_pos.embedding_weight",
+    "puzzle_table": "inner.puzzle_emb.weights",
+}
+TABLE = RENAMED["puzzle_table"]
+UNUSED = {"batch_size": None, "H_layers": 0, "no_ACT_continue": True}
+"""Published keys that our model has no use for, and the one value they may have (None: any)."""
+
+
+def published_name(name: str) -> str:
+    """`blocks.0.mlp.down_proj.weight` -> `inner.L_level.layers.0.mlp.down_proj.weight`."""
+    if name in RENAMED:
+        return RENAMED[name]
+    return "inner." + re.sub(r"^blocks\.", "L_level.layers.", name)
+
+
+def config_from_published(arch: Mapping[str, Any]) -> TRMConfig:
+    """TRMConfig from the published keys; UserError for unknown, unsupported or missing ones."""
+    known = {field.name for field in fields(TRMConfig)}
+    for key, value in arch.items():
+        if key in UNUSED and UNUSED[key] not in (None, value):
+            raise UserError(f"arch: {key}={value!r} is not supported, only {UNUSED[key]!r}")
+        if key not in known | UNUSED.keys():
+            raise UserError(f"arch: unknown key {key!r}; known: {', '.join(sorted(known))}")
+    if "L_cycles" not in arch:
+        # Published ARC weights were trained with 4, the released config says 6; nothing in the
+        # weights tells which.
+        raise UserError("arch: L_cycles must be given, it cannot be read from the weights")
+    try:
+        return TRMConfig(**{key: value for key, value in arch.items() if key in known})
+    except ValueError as error:
+        raise UserError("arch: " + "; ".join(str(error).splitlines())) from error
+
+
+def load(
+    source: str | Path | Mapping[str, Tensor],
+    *,
+    identifiers: Sequence[str] | None = None,
+    new_identifiers: Sequence[str] | None = None,
+    **arch: Any,
+) -> TRM:
+    """A TRM with published weights, from a torch file (read with weights_only) or a state dict.
+
+    `arch` are the published config keys (L_cycles is required). A puzzle table of another size is
+    filled by name where both identifier lists are given (`identifiers` names the checkpoint's rows),
+    otherwise with the mean row, and the log says so. Raises UserError for missing, unknown or
+    misshapen tensors, all named.
+    """
+    if isinstance(source, Mapping):
+        where, state = "state dict", dict(source)
+    else:
+        where, state = str(source), _read(Path(source))
+    state = {re.sub(r"^(_orig_mod\.|model\.)*", "", name): value for name, value in state.items()}
+    config = config_from_published(arch)
+    if TABLE in state and not config.puzzle_emb_ndim:
+        raise UserError(f"{where}: has puzzle embeddings, but arch says puzzle_emb_ndim=0")
+    model = TRM(config)
+    own = {published_name(name): (name, value) for name, value in model.state_dict().items()}
+    if not config.puzzle_emb_ndim:
+        own.pop(TABLE)
+    elif TABLE in state and state[TABLE].shape != own[TABLE][1].shape:
+        state[TABLE] = resize_table(
+            state[TABLE], config.num_puzzle_identifiers, identifiers, new_identifiers
+        )
+    _check_names(where, state, {name: value for name, (_, value) in own.items()})
+    model.load_state_dict({own[name][0]: state[name] for name in own}, strict=False)
+    return model
+
+
+def export(model: TRM, *, prefix: str = "model.") -> dict[str, Tensor]:
+    """The model's state dict under the published names, tensors shared, not copied."""
+    return {
+        prefix + published_name(name): value
+        for name, value in model.state_dict().items()
+        if value.numel()
+    }
+
+
+def resize_table(
+    table: Tensor,
+    rows: int,
+    identifiers: Sequence[str] | None = None,
+    new_identifiers: Sequence[str] | None = None,
+) -> Tensor:
+    """[rows, ndim]: rows of the same name where both lists are given, the mean row elsewhere."""
+    resized = table.float().mean(0, keepdim=True).repeat(rows, 1).to(table.dtype)
+    if identifiers is None or new_identifiers is None:
+        log.warning("puzzle table: %d rows replaced by %d mean rows", len(table), rows)
+        return resized
+    if len(identifiers) != len(table) or len(new_identifiers) != rows:
+        raise UserError(
+            f"identifiers: {len(identifiers)} and {len(new_identifiers)} names"
+            f" for tables of {len(table)} and {rows} rows"
+        )
+    old = {name: row for row, name in enumerate(identifiers)}
+    pairs = [(new, old[name]) for new, name in enumerate(new_identifiers) if name in old]
+    if pairs:
+        target, origin = torch.tensor(pairs).T
+        resized[target] = table[origin]
+    log.warning("puzzle table: %d of %d rows found by name, others mean", len(pairs), rows)
+    return resized
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except Exception as error:  # torch.load raises half a dozen unrelated types for a bad file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: not a torch checkpoint of plain tensors ({reason})") from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"{path}: not a state dict (names to tensors)")
+    return state
+
+
+def _check_names(where: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    problems = [f"missing {name}" for name in own.keys() - state.keys()]
+    problems += [f"unknown {name}" for name in state.keys() - own.keys()]
+    problems += [
+        f"{name} is {list(state[name].shape)}, arch says {list(own[name].shape)}"
+        for name in own.keys() & state.keys()
+        if state[name].shape != own[name].shape
+    ]
+    if problems:
+        raise UserError(f"{where}: " + "; ".join(sorted(problems)))

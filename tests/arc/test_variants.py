@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from hybrid.arc import Augmentation, Pair, Task, draw_variants, pair_hash
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def content(task: Task, dihedral: int, colours: np.ndarray) -> frozenset[tuple[str, int]]:
+    """Brute force: build the variant, hash its pairs; a multiset, blind to test outputs."""
+    augmentation = Augmentation(task=task.id, dihedral=dihedral, colours=tuple(colours.tolist()))
+    variant = augmentation.apply_task(task.without_answers())
+    return frozenset(Counter(pair_hash(pair) for pair in variant.pairs).items())
+
+
+def replay(task: Task, count: int, seed: int) -> list[tuple[int, tuple[int, ...]]]:
+    """The same draws, one variant at a time, distinct by brute force."""
+    generator, seen = rng(seed), {content(task, 0, np.arange(10))}
+    kept = [(0, tuple(range(10)))]
+    for _ in range(5):
+        dihedral = generator.integers(0, 8, count, dtype=np.uint8)
+        orders = 1 + generator.random((count, 9)).argsort(axis=1)
+        for k, order in zip(dihedral.tolist(), orders, strict=True):
+            colours = np.array([0, *order], np.uint8)
+            found = content(task, k, colours)
+            if found not in seen and len(kept) <= count:
+                seen.add(found)
+                kept.append((k, tuple(colours.tolist())))
+        if len(kept) > count:
+            break
+    return kept
+
+
+# Symmetric or with few colours, so that many draws coincide, and two ordinary tasks.
+FEW = ["332efdb3", "6f8cd79b", "5ad8a7c0", "1990f7a8", "28e73c20", "4522001f"]
+
+
+@pytest.mark.parametrize("task_id", [*FEW, "007bbfb7", "0934a4d8"])
+def test_variants_are_those_of_brute_force(sets: dict[str, list[Task]], task_id: str) -> None:
+    [task] = [t for t in sets["arc2-training"] + sets["arc2-evaluation"] if t.id == task_id]
+    dihedral, colours = draw_variants(task, 40, rng(1))
+    drawn = [(int(k), tuple(c.tolist())) for k, c in zip(dihedral, colours, strict=True)]
+    assert drawn == replay(task, 40, seed=1)
+
+
+def test_a_task_with_few_variants_yields_few(sets: dict[str, list[Task]]) -> None:
+    [task] = [t for t in sets["arc2-training"] if t.id == "332efdb3"]
+    dihedral, _ = draw_variants(task, 1000, rng())
+    # One background colour on 0 in grids that every transform leaves alone: nine colours.
+    assert len(dihedral) == 9
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 1000])
+def test_the_identity_leads_and_the_count_is_kept(toy: Task, count: int) -> None:
+    dihedral, colours = draw_variants(toy, count, rng())
+    assert dihedral.shape == (count + 1,) and dihedral.dtype == np.uint8
+    assert colours.shape == (count + 1, 10) and colours.dtype == np.uint8
+    assert dihedral[0] == 0 and colours[0].tolist() == list(range(10))
+    assert (colours[:, 0] == 0).all() and (np.sort(colours) == np.arange(10)).all()
+
+
+def test_variants_depend_on_the_generator_alone(toy: Task) -> None:
+    first, again, other = (draw_variants(toy, 50, rng(seed)) for seed in (3, 3, 4))
+    assert all(map(np.array_equal, first, again))
+    assert not all(map(np.array_equal, first, other))
+
+
+def test_test_outputs_change_nothing(sets: dict[str, list[Task]]) -> None:
+    by_id = {task.id: task for task in sets["arc2-training"]}
+    for task_id in [*FEW, "007bbfb7"]:
+        task = by_id[task_id]
+        poison = np.arange(30, dtype=np.uint8).reshape(5, 6) % 10
+        for test in (
+            tuple(replace(pair, output=None) for pair in task.test),
+            tuple(replace(pair, output=poison) for pair in task.test),
+        ):
+            poisoned = draw_variants(replace(task, test=test), 100, rng(5))
+            assert all(map(np.array_equal, poisoned, draw_variants(task, 100, rng(5))))
+
+
+def test_which_output_belongs_to_which_input_counts() -> None:
+    """Swapping colours 1 and 2 maps this task's grids, not its pairs, onto each other."""
+    one, two = (np.full((1, 1), colour, np.uint8) for colour in (1, 2))
+    crossed = (Pair(input=one, output=two), Pair(input=two, output=two))
+    task = Task(id="t", train=crossed, test=(Pair(input=two, output=None),))
+    dihedral, colours = draw_variants(task, 500, rng())
+    assert len(dihedral) == 72, "9 * 8 choices for the two colours"
+    assert len({content(task, int(k), c) for k, c in zip(dihedral, colours, strict=True)}) == 72
+
+
+def test_the_order_of_pairs_does_not_count() -> None:
+    one, two = (np.full((1, 1), colour, np.uint8) for colour in (1, 2))
+    pairs = (Pair(input=one, output=one), Pair(input=two, output=two))
+    dihedral, _ = draw_variants(
+        Task(id="t", train=pairs, test=(Pair(input=np.zeros((2, 2), np.uint8), output=None),)),
+        500,
+        rng(),
+    )
+    assert len(dihedral) == 36, "unordered pairs of colours"
