@@ -65,10 +65,10 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         problems = check_fields(
             self,
-            **{n: (1, None) for n in ("batch_size", "steps", "save_every", "keep_checkpoints")},
-            **{n: (0, None) for n in ("epochs", "lr", "puzzle_lr", "lr_warmup_steps", "seed")},
-            **{n: (0, None) for n in ("weight_decay", "puzzle_weight_decay", "probe_pairs")},
-            **{n: (0, 1 - 1e-9) for n in ("beta1", "beta2", "ema_rate")},
+            **dict.fromkeys(("batch_size", "steps", "save_every", "keep_checkpoints"), (1, None)),
+            **dict.fromkeys(("epochs", "lr", "puzzle_lr", "lr_warmup_steps", "seed"), (0, None)),
+            **dict.fromkeys(("weight_decay", "puzzle_weight_decay", "probe_pairs"), (0, None)),
+            **dict.fromkeys(("beta1", "beta2", "ema_rate"), (0, 1 - 1e-09)),
             lr_min_ratio=(0, 1),
         )
         if self.epochs is not None and self.steps is not None:
@@ -95,7 +95,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         names = ("variants", "act_steps", "batch_size", "limit")
-        problems = check_fields(self, **{name: (1, None) for name in names})
+        problems = check_fields(self, **dict.fromkeys(names, (1, None)))
         if (self.halt == "fixed") != (self.act_steps is not None):
             problems.append("act_steps goes with halt=fixed, and only with it")
         if problems:
@@ -217,7 +217,9 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], sections: Sequence[str]) -> list[str]:
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], sections: Sequence[str]
+) -> list[str]:
     """`section.key: old -> new` for every key that differs between two `to_dict`s."""
     return [
         f"{section}.{key}: {old.get(section, {}).get(key)!r} -> {value!r}"

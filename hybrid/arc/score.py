@@ -26,7 +26,7 @@ def wilson(numerator: float, denominator: int, z: float = 1.96) -> tuple[float, 
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """A share that keeps its denominator; prints as `3/167 = 1.8% [0.6, 5.2]`."""
+    """A share that keeps its denominator; prints as `3/167 = 1.8% [0.6, 5.1]`."""
 
     numerator: float
     denominator: int

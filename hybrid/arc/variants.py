@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -53,22 +52,23 @@ def _draw(count: int, rng: np.random.Generator) -> tuple[UInt8s, UInt8s]:
 class _TaskHash:
     """64-bit content hashes of a task's variants without building their grids.
 
-    A grid hashes to the sum over its cells of value[colour] * weight[row, column], modulo 2^64.
-    Gathered by colour this is sum_c value[new colour of c] * W[c], where W depends on the grid
-    and the dihedral transform only: eight small tables per grid serve any number of variants.
+    A grid hashes to the sum over its cells of value[colour] * weight[row, column], modulo 2^64
+    (colour 0 has a value too, so the shape shows). Gathered by colour this is
+    sum_c value[new colour of c] * W[c], where W depends on the grid and the dihedral transform
+    only: eight small tables per grid serve any number of variants.
     """
 
     def __init__(self, task: Task) -> None:
+        assert all(pair.output is not None for pair in task.train), task.id
         known = [*task.train, *task.without_answers().test]
-        grids = [_grid_tables(grid) for pair in known for grid in pair.grids]
-        self.cells = np.stack([cells for cells, _ in grids])  # [grids, 8, 10]
-        self.shapes = np.stack([shapes for _, shapes in grids])  # [grids, 8]
+        grids = [grid for pair in known for grid in pair.grids]
+        self.tables = np.stack([_colour_weights(grid) for grid in grids])  # [grids, 8, 10]
         self.demonstrations = len(task.train)
 
     def of_variants(self, dihedral: UInt8s, colours: UInt8s) -> UInt64s:
         """Hash of each variant [n]; equal content has equal hashes whatever the pairs' order."""
-        values = _constants().values[colours]  # [n, 10]
-        hashes = (self.cells[:, dihedral] * values).sum(axis=-1) + self.shapes[:, dihedral]
+        values = _constants()[1][colours]  # [n, 10]
+        hashes = (self.tables[:, dihedral] * values).sum(axis=-1)  # [grids, n]
         paired = 2 * self.demonstrations
         inputs, outputs, tests = hashes[0:paired:2], hashes[1:paired:2], hashes[paired:]
         # Mixing ties an input to its output: a plain sum could not tell which belongs to which.
@@ -77,34 +77,26 @@ class _TaskHash:
         return np.asarray(pairs + _mix(tests).sum(axis=0))
 
 
-class _Constants(NamedTuple):
-    weights: UInt64s  # [30, 30]
-    values: UInt64s  # [10]
-    shapes: UInt64s  # [31, 31]
-
-
 @cache
-def _constants() -> _Constants:
-    """Fixed random numbers: the same hashes in every process and version."""
+def _constants() -> tuple[UInt64s, UInt64s]:
+    """Weights [30, 30] and values [10]: fixed, so that every process agrees on the hashes."""
     rng = np.random.Generator(np.random.PCG64(20_251_004))
-    sizes = ((MAX_SIDE, MAX_SIDE), (COLOURS,), (MAX_SIDE + 1, MAX_SIDE + 1))
-    return _Constants(*(rng.integers(0, 2**64, size, dtype=np.uint64) for size in sizes))
+    weights = rng.integers(0, 2**64, (MAX_SIDE, MAX_SIDE), dtype=np.uint64)
+    return weights, rng.integers(0, 2**64, COLOURS, dtype=np.uint64)
 
 
-def _grid_tables(grid: Grid) -> tuple[UInt64s, UInt64s]:
-    """Weight of each colour [8, 10] and shape key [8] of the grid under each transform."""
-    constants = _constants()
+def _colour_weights(grid: Grid) -> UInt64s:
+    """W [8, 10]: under each transform, the sum of the weights of each colour's cells."""
+    weights, _ = _constants()
     shapes = [transform(grid).shape for transform in DIHEDRAL]
     # Cell x of the grid ends up where the transform puts it: undoing the transform on the
     # weights instead brings that place's weight to x.
-    weights = np.stack(
-        [
-            DIHEDRAL[INVERSE_DIHEDRAL[t]](constants.weights[:height, :width]).ravel()
-            for t, (height, width) in enumerate(shapes)
-        ]
-    )
+    moved = [
+        DIHEDRAL[INVERSE_DIHEDRAL[t]](weights[:height, :width]).ravel()
+        for t, (height, width) in enumerate(shapes)
+    ]
     of_colour = grid.ravel()[:, None] == np.arange(COLOURS)
-    return weights @ of_colour.astype(np.uint64), constants.shapes[tuple(np.transpose(shapes))]
+    return np.asarray(np.stack(moved) @ of_colour.astype(np.uint64))
 
 
 def _mix(x: UInt64s) -> UInt64s:

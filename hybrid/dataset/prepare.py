@@ -118,9 +118,13 @@ def _without_leaks(
                 " data.on_overlap=drop leaves them out"
             )
         say(f"{len(leaking)} training tasks left out")
-    among = find_overlap([s.task.without_answers() for s in evaluation], [s.task for s in evaluation])
+    among = find_overlap(
+        [s.task.without_answers() for s in evaluation], [s.task for s in evaluation]
+    )
     for known, task in among.leaks:
-        raise UserError(f"data.evaluation: a test of task {task} is a demonstration of task {known}")
+        raise UserError(
+            f"data.evaluation: a test of task {task} is a demonstration of task {known}"
+        )
     return [s for s in training if s.task.id not in leaking], sorted(leaking)
 
 
@@ -135,9 +139,7 @@ def _refuse_duplicates(selected: list[Selected]) -> None:
             )
 
 
-def _write(
-    folder: Path, config: DataConfig, selected: list[Selected], say: Say
-) -> dict[str, Any]:
+def _write(folder: Path, config: DataConfig, selected: list[Selected], say: Say) -> dict[str, Any]:
     rows = [grids_to_arrow(s.task, s.purpose, s.source) for s in selected]
     pq.write_table(pa.Table.from_pylist(rows, TASKS), folder / TASKS_FILE, compression="zstd")
     fingerprint = hashlib.sha256(json.dumps(_plain(config)).encode())
@@ -151,9 +153,7 @@ def _write(
                 fingerprint.update(column.buffers()[1])
             writer.write_batch(batch)
             count += len(batch)
-    pairs = sum(
-        len(s.task.train if s.purpose == "evaluation" else s.task.pairs) for s in selected
-    )
+    pairs = sum(len(s.task.train if s.purpose == "evaluation" else s.task.pairs) for s in selected)
     purposes = [s.purpose for s in selected]
     return {
         "counts": {
@@ -169,7 +169,6 @@ def _write(
         "fingerprint": fingerprint.hexdigest(),
         "files": {name: digest(folder / name) for name in (TASKS_FILE, VARIANTS_FILE)},
     }
-
 
 
 def _variant_batches(

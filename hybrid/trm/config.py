@@ -53,7 +53,7 @@ class TRMConfig:
         counts = ("vocab_size", "seq_len", "num_puzzle_identifiers")
         problems = check_fields(
             self,
-            **{name: (1, None) for name in (*sizes, *counts)},
+            **dict.fromkeys((*sizes, *counts), (1, None)),
             expansion=(1e-6, None),
             halt_exploration_prob=(0, 1),
             rope_theta=(1, None),

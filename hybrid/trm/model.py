@@ -225,7 +225,8 @@ class TRM(nn.Module):
             return None
         if self._rotary is None or self._rotary[0].device != device:
             dim = self.config.hidden_size // self.config.num_heads
-            table = rotary_table(self.config.positions, dim, self.config.rope_theta, device)
+            # Not an inference tensor, whatever mode the first caller is in: training uses it too.
+            with torch.inference_mode(False):
+                table = rotary_table(self.config.positions, dim, self.config.rope_theta, device)
             self._rotary = table
         return self._rotary
-

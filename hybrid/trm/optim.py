@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 
-def learning_rate(
-    step: int, *, base: float, warmup: int, total: int, min_ratio: float
-) -> float:
+def learning_rate(step: int, *, base: float, warmup: int, total: int, min_ratio: float) -> float:
     """Rate of step 1, 2, ...: linear warm-up, then cosine from base to base * min_ratio."""
     if step < warmup:
         return base * step / warmup
@@ -60,13 +59,13 @@ class AdamAtan2:
         torch._foreach_div_(root, math.sqrt(1 - beta2**self.t))
         torch._foreach_mul_(p, 1 - lr * self.weight_decay)
         scale = -lr / (1 - beta1**self.t)
-        torch._foreach_add_(p, [torch.atan2(a, b) for a, b in zip(m, root, strict=True)], alpha=scale)
+        torch._foreach_add_(
+            p, [torch.atan2(a, b) for a, b in zip(m, root, strict=True)], alpha=scale
+        )
 
 
 @torch.no_grad()
-def sign_sgd_(
-    table: Tensor, ids: Tensor, grads: Tensor, *, lr: float, weight_decay: float
-) -> None:
+def sign_sgd_(table: Tensor, ids: Tensor, grads: Tensor, *, lr: float, weight_decay: float) -> None:
     """Sign-SGD with decoupled decay on the rows of `table` that `ids` [B] touch, in place.
 
     `grads` [B, ndim] of one id are summed over the *global* batch before the sign is taken.
@@ -90,3 +89,16 @@ class MovingAverage:
         """shadow = rate * shadow + (1 - rate) * weight, after every optimiser step."""
         values: Iterable[Tensor] = self.parameters.values()
         torch._foreach_lerp_(list(self.shadow.values()), list(values), 1 - self.rate)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the model computes with the averaged weights; nothing is copied."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.data, self.shadow[name] = self.shadow[name], parameter.data

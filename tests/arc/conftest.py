@@ -1,18 +1,11 @@
-"""Real tasks, hand-made tasks and golden files for the tests of hybrid.arc."""
+"""Real tasks and hand-made tasks for the tests of hybrid.arc."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from hybrid.arc import SOURCES, Grid, Pair, Task, load_tasks
-
-
-@pytest.fixture(scope="session")
-def golden() -> Path:
-    return Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture(scope="session")

@@ -59,11 +59,13 @@ def test_own_demonstrations_do_not_leak_own_tests(sets: Sets) -> None:
 
 
 def test_a_test_among_the_demonstrations_leaks_under_any_id(toy: Task) -> None:
-    thief = replace(toy, id="thief", train=(toy.test[1],), test=toy.train[:1])
+    own = replace(toy.test[0], output=toy.test[0].input)
+    thief = replace(toy, id="thief", train=(own, toy.test[1]), test=(own,))
     overlap = find_overlap([thief], [toy])
-    assert overlap.leaks == (("thief", "toy"),)
+    assert overlap.leaks == overlap.sharing == (("thief", "toy"),)
     assert overlap.identical == ()
-    innocent = replace(thief, train=toy.train[:1])
+    assert overlap.leaking_tasks == {"thief"}
+    innocent = replace(thief, train=(own, toy.train[0]))
     assert find_overlap([innocent], [toy]).leaks == ()
     assert find_overlap([innocent], [toy]).sharing == (("thief", "toy"),)
 

@@ -36,7 +36,7 @@ def test_wilson_is_the_textbook_interval() -> None:
 
 
 def test_rates_keep_their_denominator() -> None:
-    assert str(Rate(numerator=3, denominator=167)) == "3/167 = 1.8% [0.6, 5.2]"
+    assert str(Rate(numerator=3, denominator=167)) == "3/167 = 1.8% [0.6, 5.1]"
     assert str(Rate(numerator=1.5, denominator=120)).startswith("1.50/120 = 1.2%")
     assert math.isnan(Rate(numerator=0, denominator=0).value)
 

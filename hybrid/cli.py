@@ -1,0 +1,35 @@
+"""What all mains share: arguments, --dry-run, and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from hybrid import config as configs
+from hybrid.config import Config
+from hybrid.errors import UserError
+from hybrid.train import estimate
+
+
+def main(usage: str | None, run: Callable[[Config], Any]) -> NoReturn:
+    """Parse the command line, run, exit: 0 done, 2 wrong input (one line), 1 anything else."""
+    parser = argparse.ArgumentParser(description=usage)
+    parser.add_argument("--config", required=True, help="YAML file of an experiment")
+    parser.add_argument("--dry-run", action="store_true", help="say what would run, and exit")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    try:
+        config = configs.load(arguments.config, arguments.overrides)
+        if arguments.dry_run:
+            print(configs.dump(config))
+            print(estimate(config))
+        else:
+            run(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)

@@ -1,0 +1,91 @@
+"""Evaluation actors: plain actors, a few questions in flight, lost ones replaced."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from hybrid.cluster.runtime import cluster
+from hybrid.config import Config
+from hybrid.context import default_device, share_cores
+from hybrid.evaluate import Job, Question, Solver
+from hybrid.evaluate.run import SolveAll
+from hybrid.evaluate.solve import Prediction
+
+log = logging.getLogger(__name__)
+
+IN_FLIGHT = 2
+"""Questions an actor holds: the next one is there when the last is done."""
+
+
+class Evaluator:
+    """One actor: a solver that lives as long as the evaluation."""
+
+    def __init__(self, job: Job, actors_on_this_machine: int) -> None:
+        share_cores(actors_on_this_machine)
+        self.solver = Solver(job.checkpoint, job.config, default_device())
+
+    def solve(self, question: Question) -> Prediction:
+        """See Solver.solve."""
+        return self.solver.solve(question)
+
+
+def ray_solve_all(config: Config) -> SolveAll:
+    """Answers questions on `cluster.num_workers` actors, in the order they are done."""
+
+    def solve_all(job: Job, questions: Sequence[Question]) -> Iterator[Prediction]:
+        with cluster(config):
+            pool = _Pool(config, job, min(config.cluster.num_workers, len(questions)))
+            yield from pool.run(questions)
+
+    return solve_all
+
+
+class _Pool:
+    def __init__(self, config: Config, job: Job, size: int) -> None:
+        self.config = config
+        machines = max(1, sum(node["Alive"] for node in ray.nodes()))
+        options = {"num_cpus": config.cluster.cpus_per_worker}
+        if config.cluster.use_gpu:
+            options["num_gpus"] = 1
+        self.actor_class = ray.remote(**options)(Evaluator)
+        self.arguments = ray.put(job), -(-size // machines)
+        self.replacements = config.cluster.max_failures
+        self.actors = {n: self._start() for n in range(size)}
+
+    def _start(self) -> Any:
+        return self.actor_class.remote(*self.arguments)
+
+    def run(self, questions: Sequence[Question]) -> Iterator[Prediction]:
+        """Every question is answered once; those a lost actor held go back into the queue."""
+        waiting = deque(questions)
+        held: dict[Any, tuple[int, Question]] = {}
+        load = dict.fromkeys(self.actors, 0)
+        while waiting or held:
+            for number, actor in self.actors.items():
+                while waiting and load[number] < IN_FLIGHT:
+                    question = waiting.popleft()
+                    held[actor.solve.remote(question)] = number, question
+                    load[number] += 1
+            done, _ = ray.wait(list(held), num_returns=1)
+            for reference in done:
+                number, question = held.pop(reference)
+                load[number] -= 1
+                try:
+                    yield ray.get(reference)
+                except RayActorError as error:
+                    waiting.appendleft(question)
+                    if load[number] == 0:
+                        self._replace(number, error)
+
+    def _replace(self, number: int, error: RayActorError) -> None:
+        if self.replacements == 0:
+            raise error
+        self.replacements -= 1
+        log.warning("evaluation actor %d lost, starting another: %s", number, error)
+        self.actors[number] = self._start()

@@ -1,0 +1,70 @@
+"""Joining a cluster or starting one on this machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+from hybrid.config import Config
+from hybrid.errors import UserError
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # workers' prints would come out twice
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+LOOPBACK = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # makes a cluster of one machine listen on 127.0.0.1
+    "RAY_AUTH_MODE": "disabled",  # else a token file appears in the user's home
+}
+
+
+@contextmanager
+def cluster(config: Config) -> Iterator[None]:
+    """Inside, ray is connected: to the running cluster where RAY_ADDRESS or a job names one, else to
+    one of this machine that ends with the block.
+
+    Raises UserError if the cluster can never hold the workers that the config asks for.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    joining = bool(os.environ.get("RAY_ADDRESS"))
+    ours = not ray.is_initialized()
+    if ours:
+        if not joining:
+            for name, value in LOOPBACK.items():
+                os.environ.setdefault(name, value)
+        package = Path(__file__).parents[2]
+        ray.init(
+            log_to_driver=True,
+            include_dashboard=False if not joining else None,
+            runtime_env={"env_vars": {"PYTHONPATH": str(package)}} if not joining else None,
+        )
+    try:
+        _check_fits(config)
+        yield
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _check_fits(config: Config) -> None:
+    wanted = config.cluster.num_workers * config.cluster.cpus_per_worker
+    have = ray.cluster_resources()
+    cpus = have.get("CPU", 0.0)
+    # Ray Data makes the rows in tasks of its own: without a core for them training never starts.
+    if wanted > cpus - 1:
+        raise UserError(
+            f"cluster.num_workers={config.cluster.num_workers} of cpus_per_worker="
+            f"{config.cluster.cpus_per_worker:g} need {wanted:g} CPUs and one for the data stream;"
+            f" the cluster has {cpus:g}"
+        )
+    if config.cluster.use_gpu and config.cluster.num_workers > have.get("GPU", 0.0):
+        raise UserError(
+            f"cluster.use_gpu: {config.cluster.num_workers} workers need a GPU each;"
+            f" the cluster has {have.get('GPU', 0.0):g}"
+        )

@@ -1,0 +1,53 @@
+"""The stream as a Ray Data pipeline: plan -> augmentation, translation, tokens -> batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+import ray.data
+from ray.data import DataContext, ExecutionResources
+
+from hybrid.dataset import Dataset, Stream
+from hybrid.dataset.stream import Rows
+
+ROWS_PER_BLOCK = 256
+"""Small blocks: the first one is what a worker waits for."""
+BLOCKS_PER_PIPELINE = 256
+"""A pipeline covers so many blocks, then the next one starts (about half a second)."""
+
+
+def ray_rounds(
+    stream: Stream, slots: range, total_slots: int, first: int, reserved_cpus: float
+) -> Iterator[Rows]:
+    """Rounds `first`, `first` + 1, ... of some slots, made by Ray Data tasks anywhere in the cluster.
+
+    What a task needs to know is the number of a block and the dataset's folder: rows are a function
+    of their position. `reserved_cpus` are the training workers', which the pipeline leaves alone.
+    """
+    folder = str(stream.dataset.folder)
+    per_block = max(1, ROWS_PER_BLOCK // len(slots))
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    # Blocks must arrive in the order of their numbers.
+    context.execution_options.preserve_order = True
+    context.execution_options.exclude_resources = ExecutionResources(cpu=reserved_cpus)
+    seed = stream.seed
+
+    def make(block: dict[str, np.ndarray]) -> Rows:
+        return _stream(folder, seed).rounds(int(block["id"][0]), per_block, slots, total_slots)
+
+    while True:
+        last = first + BLOCKS_PER_PIPELINE * per_block
+        numbers = [{"id": number} for number in range(first, last, per_block)]
+        pipeline = ray.data.from_items(numbers, override_num_blocks=len(numbers))
+        made = pipeline.map_batches(make, batch_size=None, batch_format="numpy")
+        yield from made.iter_batches(batch_size=len(slots), batch_format="numpy")
+        first = last
+
+
+@lru_cache(maxsize=2)
+def _stream(folder: str, seed: int) -> Stream:
+    """A task's process keeps the dataset it has read."""
+    return Stream(Dataset.open(folder), seed)

@@ -1,0 +1,113 @@
+"""What a run leaves behind while it runs: metrics.jsonl, train_<rank>.log, W&B."""
+
+from __future__ import annotations
+
+import json
+import logging
+import netrc
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from hybrid.config import Config, to_dict
+
+log = logging.getLogger(__name__)
+
+Metrics = Mapping[str, float | int | str]
+
+
+class RunLog:
+    """Rank 0 writes metrics and W&B, every rank its log file. Use as a context manager."""
+
+    def __init__(self, config: Config, *, project: str, rank: int, resumed_at: int) -> None:
+        folder = config.run_folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._handler = logging.FileHandler(folder / f"train_{rank}.log")
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        root = logging.getLogger("hybrid")
+        root.setLevel(logging.INFO)
+        root.addHandler(self._handler)
+        self._metrics = None
+        self._wandb: Any = None
+        if rank == 0:
+            forget_after(folder / "metrics.jsonl", resumed_at)
+            self._metrics = (folder / "metrics.jsonl").open("a")
+            if config.logging.wandb:
+                self._wandb = _start_wandb(config, project)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            log.error("stopped: %s: %s", type(error).__name__, error)
+        if self._metrics:
+            self._metrics.close()
+        if self._wandb:
+            self._wandb.finish(exit_code=int(error is not None), quiet=True)
+        logging.getLogger("hybrid").removeHandler(self._handler)
+        self._handler.close()
+
+    def write(self, metrics: Metrics) -> None:
+        """One line of metrics.jsonl, one of the log, one point in W&B."""
+        if not self._metrics:
+            return
+        self._metrics.write(json.dumps(metrics) + "\n")
+        self._metrics.flush()
+        log.info(" ".join(f"{key}={_short(value)}" for key, value in metrics.items()))
+        if self._wandb:
+            self._wandb.log(dict(metrics), step=int(metrics["step"]))
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drop the lines of steps that a resumed run is about to take again, and a torn last line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+
+
+def _short(value: float | int | str) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _start_wandb(config: Config, project: str) -> Any:
+    """A W&B run, offline where there is no key; None, and a line in the log, if it cannot start."""
+    import wandb  # half a second that runs without it should not pay
+
+    try:
+        return wandb.init(
+            project=project,
+            name=config.logging.run,
+            dir=str(config.run_folder),
+            config=to_dict(config),
+            mode=None if _has_key() else "offline",
+            settings=wandb.Settings(silent=True),
+        )
+    except (wandb.Error, OSError) as error:
+        log.warning("W&B could not start, going on without: %s", error)
+        return None
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

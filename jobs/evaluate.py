@@ -1,0 +1,21 @@
+"""Solve and score: python jobs/evaluate.py --config configs/X.yaml [evaluation.checkpoint=DIR ...].
+
+Run it again to resume.
+"""
+
+from hybrid.cli import main
+from hybrid.cluster import evaluate
+from hybrid.config import Config
+from hybrid.evaluate import describe
+
+
+def run(config: Config) -> None:
+    """Evaluate, then print the scores and where everything is."""
+    outcome = evaluate(config)
+    print(describe(outcome.results))
+    for name in ("results.json", "submission.json", "report.html"):
+        print(outcome.folder / name)
+
+
+if __name__ == "__main__":
+    main(__doc__, run)

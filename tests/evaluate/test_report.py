@@ -1,0 +1,203 @@
+"""The report embeds what it was given, whole, and nothing that it embeds can act on the page."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hybrid.arc import Task, grid_to_string, load_tasks
+from hybrid.evaluate.report import CANDIDATES_SHOWN, write_report
+
+HOSTILE = "</script><script>alert(1)</script><!--<script>{{data}}\u2028&amp;\"'"
+
+
+@pytest.fixture(scope="module")
+def tasks() -> list[Task]:
+    return load_tasks("arc1-evaluation")[:12]
+
+
+class Page(HTMLParser):
+    """The elements of a page in order, and the text of its scripts."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.text = path.read_text(encoding="utf-8")
+        self.feed(self.text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if self.elements and self.elements[-1][0] == "script" and data.strip():
+            self.scripts.append(data)
+
+    @property
+    def data(self) -> Any:
+        return json.loads(self.scripts[0])
+
+
+def candidate(rows: list[str], votes: int = 1) -> dict[str, Any]:
+    return {"grid": rows, "votes": votes, "confidence": 0.5}
+
+
+def answer_rows(task: Task, test: int = 0) -> list[str]:
+    answer = task.test[test].output
+    assert answer is not None
+    return grid_to_string(answer).split("\n")
+
+
+def prediction(task: Task, candidates: list[dict[str, Any]]) -> dict[str, Any]:
+    votes = {"candidates": candidates, "variants": 32, "empty": 2}
+    spent = {"rows": 32, "act_steps": 512, "seconds": 1.5}
+    return {"task": task.id, "tests": [votes] * len(task.test), "spent": spent}
+
+
+def results_of(tasks: list[Task], **changes: Any) -> dict[str, Any]:
+    rate = {"numerator": 1.0, "denominator": 12, "value": 1 / 12, "low": 0.01, "high": 0.35}
+    metrics = {"outputs": rate, "task_mean": rate, "tasks": rate}
+    output = {"right@1": False, "right@2": False, "right_rank": None, "empty": 2}
+    return {
+        "title": "twelve tasks",
+        "oracle": False,
+        "protocol": {"variants": 32, "weights": "EMA"},
+        "scores": {"pass@1": metrics, "pass@2": metrics},
+        "coverage": {"1": rate, "10": rate},
+        "spent": {"rows": 384, "act_steps": 6144, "seconds": 18.0},
+        "notes": ["a subset"],
+        "tasks": [
+            {"id": task.id, "solved": False, "outputs": [output] * len(task.test)} for task in tasks
+        ],
+    } | changes
+
+
+def test_embedded_data_is_what_was_given(tmp_path: Path, tasks: list[Task]) -> None:
+    right = [candidate(answer_rows(tasks[0]), votes=29), candidate(["012", "345"])]
+    results = results_of(tasks)
+    write_report(tmp_path / "r.html", tasks, {tasks[0].id: prediction(tasks[0], right)}, results)
+    data = Page(tmp_path / "r.html").data
+    assert data["results"] == results
+    first = data["tasks"][0]
+    for [before, after], pair in zip(first["train"], tasks[0].train, strict=True):
+        assert pair.output is not None
+        assert before.split("|") == grid_to_string(pair.input).split("\n")
+        assert after.split("|") == grid_to_string(pair.output).split("\n")
+    test = first["tests"][0]
+    assert test["answer"].split("|") == answer_rows(tasks[0])
+    kept = [{**c, "grid": c["grid"].split("|")} for c in test["candidates"]]
+    assert kept == [{**c, "rank": rank} for rank, c in enumerate(right, start=1)]
+    assert (test["variants"], test["empty"], test["distinct"]) == (32, 2, 2)
+    assert first["spent"] == {"rows": 32, "act_steps": 512, "seconds": 1.5}
+
+
+def test_every_task_asked_for_appears_without_a_prediction(
+    tmp_path: Path, tasks: list[Task]
+) -> None:
+    predicted = {task.id: prediction(task, []) for task in tasks[1::3]}
+    write_report(tmp_path / "r.html", tasks, predicted, results_of(tasks))
+    data = Page(tmp_path / "r.html").data
+    assert [task["id"] for task in data["tasks"]] == [task.id for task in tasks]
+    assert [len(task["tests"]) for task in data["tasks"]] == [len(task.test) for task in tasks]
+    missing = [task["id"] for task in data["tasks"] if task["tests"][0]["variants"] is None]
+    assert missing == [task.id for task in tasks if task.id not in predicted]
+
+
+def test_a_low_ranked_right_candidate_is_kept_and_the_others_counted(
+    tmp_path: Path, tasks: list[Task]
+) -> None:
+    wrong = [candidate([f"{n:03d}"]) for n in range(40)]
+    ranked = [*wrong[:30], candidate(answer_rows(tasks[0])), *wrong[30:]]
+    predicted = {tasks[0].id: prediction(tasks[0], ranked)}
+    write_report(tmp_path / "r.html", tasks[:1], predicted, results_of(tasks[:1]))
+    test = Page(tmp_path / "r.html").data["tasks"][0]["tests"][0]
+    ranks = [c["rank"] for c in test["candidates"]]
+    assert ranks == [*range(1, CANDIDATES_SHOWN + 1), 31]
+    assert test["candidates"][-1]["grid"] == test["answer"]
+    assert test["distinct"] == 41
+
+
+def test_hostile_text_adds_no_element_and_survives(tmp_path: Path, tasks: list[Task]) -> None:
+    write_report(tmp_path / "plain.html", tasks[:1], {}, results_of(tasks[:1]))
+    evil = [replace(tasks[0], id=HOSTILE)]
+    results = results_of(
+        evil, title=HOSTILE, notes=[HOSTILE], protocol={HOSTILE: HOSTILE}, training={"x": HOSTILE}
+    )
+    write_report(tmp_path / "evil.html", evil, {HOSTILE: prediction(evil[0], [])}, results)
+    page = Page(tmp_path / "evil.html")
+    assert page.elements == Page(tmp_path / "plain.html").elements
+    assert "<" not in page.scripts[0]
+    assert page.data["tasks"][0]["id"] == HOSTILE
+    assert page.data["results"] == results
+
+
+def test_script_never_parses_text_as_html(tmp_path: Path, tasks: list[Task]) -> None:
+    write_report(tmp_path / "r.html", tasks, {}, results_of(tasks))
+    script = Page(tmp_path / "r.html").scripts[1]
+    for door in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
+        assert door not in script
+
+
+def test_page_fetches_nothing(tmp_path: Path, tasks: list[Task]) -> None:
+    write_report(tmp_path / "r.html", tasks, {}, results_of(tasks))
+    page = Page(tmp_path / "r.html")
+    for fetch in ("http://", "https://", "url(", "@import", "fetch(", "XMLHttpRequest", "import("):
+        assert fetch not in page.text
+    assert not [tag for tag, attributes in page.elements if {"src", "href"} & attributes.keys()]
+    assert "link" not in {tag for tag, _ in page.elements}
+    policies = [attributes.get("content") or "" for _, attributes in page.elements]
+    assert any(policy.startswith("default-src 'none'") for policy in policies)
+
+
+def test_unknown_answers_stay_unknown(tmp_path: Path, tasks: list[Task]) -> None:
+    blind = [task.without_answers() for task in tasks]
+    predicted = {task.id: prediction(task, [candidate(["01"])]) for task in blind}
+    unscored = [
+        {"id": task.id, "solved": None, "outputs": [{"right@1": None, "right@2": None}]}
+        for task in blind
+    ]
+    results = results_of(blind, scores=None, coverage=None) | {"tasks": unscored}
+    write_report(tmp_path / "r.html", blind, predicted, results)
+    data = Page(tmp_path / "r.html").data
+    assert all(test["answer"] is None for task in data["tasks"] for test in task["tests"])
+    assert data["results"]["tasks"] == unscored
+
+
+def test_numbers_that_json_cannot_name_become_null(tmp_path: Path, tasks: list[Task]) -> None:
+    results = results_of(tasks[:1], spent={"rows": math.nan, "seconds": math.inf, "act_steps": 1})
+    write_report(tmp_path / "r.html", tasks[:1], {}, results)
+    page = Page(tmp_path / "r.html")
+    assert page.data["results"]["spent"] == {"rows": None, "seconds": None, "act_steps": 1}
+    assert "NaN" not in page.scripts[0] and "Infinity" not in page.scripts[0]
+
+
+def test_a_failed_write_leaves_the_old_report_and_no_litter(
+    tmp_path: Path, tasks: list[Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "r.html"
+    path.write_text("the old report")
+
+    def die(source: Path, target: Path) -> None:
+        assert Page(source).data["results"]["title"] == "twelve tasks", "replaced by half a file"
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", die)
+    with pytest.raises(OSError, match="disk full"):
+        write_report(path, tasks, {}, results_of(tasks))
+    assert path.read_text() == "the old report"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_400_tasks_with_many_candidates_stay_small(tmp_path: Path) -> None:
+    tasks = load_tasks("arc1-evaluation")
+    ranked = [candidate(["0123456789" * 2] * 20) for _ in range(50)]
+    predicted = {task.id: prediction(task, ranked) for task in tasks}
+    write_report(tmp_path / "r.html", tasks, predicted, results_of(tasks))
+    assert (tmp_path / "r.html").stat().st_size < 4_000_000

@@ -1,0 +1,124 @@
+"""Cut the golden files of the TRM room to what its tests read, float32 kept exact.
+
+    python tests/golden/extract.py /work/shared/golden
+
+A, A_bf16, B  ACT steps 0 and 3 of 4: loss, metrics, halt logits and logits of all four rows; of
+              rows 2 and 3 the carries that go into step 3 and come out of it.
+C             all that a step of the trajectory is checked by; of the averaged weights every 4th.
+F             logits, labels, loss and gradient; for "normal" also from bfloat16 logits.
+
+Weights are not copied: the reference drew them (truncated normal, float32) from a seeded Mersenne
+twister, so a file holds the seed and, per weight, the distance in ulps from a float64 draw.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+HERE = Path(__file__).parent
+STEPS = [0, 3]
+"""ACT steps kept: the one that starts afresh and the one that ends the row."""
+ROWS = [2, 3]
+"""Rows whose carries are kept; row 3 has the blank puzzle."""
+
+Arrays = dict[str, np.ndarray]
+
+
+def draw(stream: np.random.RandomState, shape: tuple[int, ...]) -> np.ndarray:
+    """The next weight matrix of a published model, std 1/sqrt(last axis), up to a few ulps."""
+    inside = math.erf(math.sqrt(2))
+    cut_std = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / inside)
+    bits = stream.randint(0, 2**32, size=shape, dtype=np.uint32) & (2**24 - 1)
+    uniform = inside * (2 * bits / 2**24 - 1)
+    normal = math.sqrt(2) * torch.erfinv(torch.from_numpy(uniform)).numpy()
+    return (normal / math.sqrt(shape[-1]) / cut_std).astype(np.float32)
+
+
+def pack(state: Mapping[str, np.ndarray], seed: int) -> Arrays:
+    """Matrices as distances in ulps from `draw`, everything else as it is."""
+    stream = np.random.RandomState(seed)
+    packed: Arrays = {"seed": np.array(seed)}
+    for name, value in state.items():
+        if value.ndim < 2 or "puzzle_emb" in name:
+            packed[f"raw.{name}"] = value
+            continue
+        ulps = value.view(np.int32).astype(np.int64) - draw(stream, value.shape).view(np.int32)
+        # The halt head was drawn too, then overwritten: its distances are huge, and still exact.
+        packed[f"ulps.{name}"] = ulps.astype(np.int8) if abs(ulps).max() < 128 else ulps
+    return packed
+
+
+def unpack(file: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """The state dict that `pack` was given, bit for bit."""
+    stream = np.random.RandomState(int(file["seed"]))
+    state: Arrays = {}
+    for key in file:
+        kind, _, name = key.partition(".")
+        if kind == "raw":
+            state[name] = file[key]
+        elif kind == "ulps":
+            near = draw(stream, file[key].shape).view(np.int32).astype(np.int64)
+            state[name] = (near + file[key]).astype(np.int32).view(np.float32)
+    return {name: torch.from_numpy(value) for name, value in state.items()}
+
+
+def with_prefix(file: Mapping[str, np.ndarray], prefix: str) -> Arrays:
+    return {name.removeprefix(prefix): file[name] for name in file if name.startswith(prefix)}
+
+
+def forward(file: Mapping[str, np.ndarray], seed: int) -> Arrays:
+    kept = pack(with_prefix(file, "state."), seed) if "state.model.inner.H_init" in file else {}
+    kept |= {name: file[name] for name in file if name.startswith("batch.")}
+    for name in file:
+        if name.startswith("step.metric.") or name.removeprefix("step.") in (
+            *("logits", "q_halt", "q_continue", "steps", "halted", "loss"),
+        ):
+            kept[name] = file[name][STEPS]
+    for name in ("z_H", "z_L"):
+        before, after = (file[f"step.{name}"][step][ROWS] for step in (STEPS[-1] - 1, STEPS[-1]))
+        kept |= {f"before.{name}": before, f"after.{name}": after}
+    return kept
+
+
+def trajectory(file: Mapping[str, np.ndarray], seed: int) -> Arrays:
+    kept = pack(with_prefix(file, "init."), seed)
+    steps = ("loss", "lr", "lr_puzzle", "q_halt", "halted", "nsteps", "grad_norm", "cur_inputs")
+    steps += ("puzzle_emb_weights", "local_weights_grad", "local_ids")
+    kept |= {f"step.{name}": file[f"step.{name}"] for name in steps}
+    kept |= {name: file[name] for name in file if name.startswith(("batch.", "step.metric."))}
+    kept |= {
+        name: file[name] for name in file if name.startswith("final.") and "puzzle" not in name
+    }
+    kept |= {name: file[name].ravel()[::4] for name in file if name.startswith("ema.")}
+    return kept
+
+
+def stablemax(file: Mapping[str, np.ndarray]) -> Arrays:
+    wanted = ("logits", "labels", "loss", "grad_of_sum")
+    kept = {name: file[name] for name in file if name.partition(".")[2] in wanted}
+    return kept | {name: file[name] for name in ("normal.bf16_loss", "normal.bf16_grad")}
+
+
+def main(source: Path) -> None:
+    for name in ("A_trm_attn_tiny", "A_trm_attn_tiny_bf16", "B_trm_mlpt_tiny", "C_train_traj_tiny"):
+        about = json.loads((source / f"{name}.json").read_text())
+        cut = trajectory if name.startswith("C") else forward
+        np.savez_compressed(HERE / name, **cut(np.load(source / f"{name}.npz"), about["seed"]))
+        short = {
+            key: about[key]
+            for key in ("what", "config", "hyper", "grad_norm_columns", "versions")
+            if key in about
+        }
+        (HERE / f"{name}.json").write_text(json.dumps(short, indent=1) + "\n")
+    np.savez_compressed(HERE / "F_stablemax", **stablemax(np.load(source / "F_stablemax.npz")))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
