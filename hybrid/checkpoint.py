@@ -63,7 +63,7 @@ def write_tensors(partial: Path, name: str, tensors: Mapping[str, Tensor]) -> No
 
 
 def seal(partial: Path, folder: Path, state: Mapping[str, Any], texts: Mapping[str, str]) -> None:
-    """Finish a checkpoint: add `texts`, then state.json, then rename. Called once, by one worker."""
+    """Finish a checkpoint: add `texts`, then state.json, then rename; one worker calls this."""
     for name, text in texts.items():
         (partial / name).write_text(text)
     files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
@@ -77,7 +77,7 @@ def seal(partial: Path, folder: Path, state: Mapping[str, Any], texts: Mapping[s
 
 
 def read(folder: str | Path) -> Checkpoint:
-    """The checkpoint in `folder`; UserError if it is missing, incomplete or differs from state.json."""
+    """The checkpoint in `folder`; UserError if it is missing, incomplete or was changed."""
     folder = Path(folder)
     try:
         state = json.loads((folder / STATE).read_text())

@@ -21,7 +21,9 @@ def main(usage: str | None, run: Callable[[Config], Any]) -> NoReturn:
     parser.add_argument("--dry-run", action="store_true", help="say what would run, and exit")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    console = logging.StreamHandler()
+    console.setLevel(logging.WARNING)
+    logging.basicConfig(handlers=[console], format="%(levelname)s %(message)s")
     try:
         config = configs.load(arguments.config, arguments.overrides)
         if arguments.dry_run:

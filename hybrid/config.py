@@ -1,4 +1,4 @@
-"""The whole configuration: one YAML per experiment, `section.key=value` on top, every error at once."""
+"""The configuration: one YAML per experiment, `section.key=value` on top, all errors at once."""
 
 from __future__ import annotations
 
@@ -84,9 +84,9 @@ class EvaluationConfig:
     checkpoint: str | None = None
     """Checkpoint folder; the newest of the run when not given."""
     variants: int | None = None
-    """Views of a task that vote, the original included; all that the dataset holds when not given."""
+    """Views of a task that vote, the original included; all of the dataset's when not given."""
     halt: Literal["published", "fixed", "confident"] = "published"
-    """published: halt_max_steps ACT steps; fixed: `act_steps`; confident: until the halt head says so."""
+    """published: halt_max_steps ACT steps; fixed: `act_steps`; confident: the halt head decides."""
     act_steps: int | None = None
     batch_size: int = 256
     """Rows an actor runs at a time."""

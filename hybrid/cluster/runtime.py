@@ -25,8 +25,10 @@ LOOPBACK = {
 
 @contextmanager
 def cluster(config: Config) -> Iterator[None]:
-    """Inside, ray is connected: to the running cluster where RAY_ADDRESS or a job names one, else to
-    one of this machine that ends with the block.
+    """Inside, ray is connected.
+
+    To the running cluster where RAY_ADDRESS or a job names one, else to one of this machine that
+    ends with the block.
 
     Raises UserError if the cluster can never hold the workers that the config asks for.
     """
@@ -39,10 +41,11 @@ def cluster(config: Config) -> Iterator[None]:
             for name, value in LOOPBACK.items():
                 os.environ.setdefault(name, value)
         package = Path(__file__).parents[2]
+        # Workers' own logs are in the run folder; what they raise comes back here.
         ray.init(
-            log_to_driver=True,
-            include_dashboard=False if not joining else None,
-            runtime_env={"env_vars": {"PYTHONPATH": str(package)}} if not joining else None,
+            log_to_driver=joining,
+            logging_level="WARNING",
+            runtime_env=None if joining else {"env_vars": {"PYTHONPATH": str(package)}},
         )
     try:
         _check_fits(config)

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 import ray.data
-from ray.data import DataContext, ExecutionResources
+from ray.data import DataContext
 
 from hybrid.dataset import Dataset, Stream
 from hybrid.dataset.stream import Rows
@@ -18,13 +18,11 @@ BLOCKS_PER_PIPELINE = 256
 """A pipeline covers so many blocks, then the next one starts (about half a second)."""
 
 
-def ray_rounds(
-    stream: Stream, slots: range, total_slots: int, first: int, reserved_cpus: float
-) -> Iterator[Rows]:
-    """Rounds `first`, `first` + 1, ... of some slots, made by Ray Data tasks anywhere in the cluster.
+def ray_rounds(stream: Stream, slots: range, total_slots: int, first: int) -> Iterator[Rows]:
+    """Rounds `first`, `first` + 1, ... of some slots, made by Ray Data tasks in the cluster.
 
     What a task needs to know is the number of a block and the dataset's folder: rows are a function
-    of their position. `reserved_cpus` are the training workers', which the pipeline leaves alone.
+    of their position.
     """
     folder = str(stream.dataset.folder)
     per_block = max(1, ROWS_PER_BLOCK // len(slots))
@@ -32,7 +30,6 @@ def ray_rounds(
     context.enable_progress_bars = False
     # Blocks must arrive in the order of their numbers.
     context.execution_options.preserve_order = True
-    context.execution_options.exclude_resources = ExecutionResources(cpu=reserved_cpus)
     seed = stream.seed
 
     def make(block: dict[str, np.ndarray]) -> Rows:

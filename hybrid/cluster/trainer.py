@@ -9,7 +9,7 @@ from typing import Any
 
 import ray.train
 import ray.train.torch
-from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from hybrid.cluster.runtime import cluster
@@ -21,7 +21,6 @@ from hybrid.dataset.stream import Rows
 from hybrid.errors import UserError
 from hybrid.train import Result, pretrain
 
-
 RAY_FOLDER = "ray"
 """Ray Train's own bookkeeping, inside the run folder."""
 
@@ -29,30 +28,24 @@ RAY_FOLDER = "ray"
 class RayContext(ProcessGroupContext):
     """A Ray Train worker: its process group, and rows from Ray Data."""
 
-    def __init__(self, reserved_cpus: float) -> None:
+    def __init__(self) -> None:
         super().__init__(ray.train.torch.get_device())
-        self.reserved_cpus = reserved_cpus
 
     def rounds(self, stream: Stream, slots: range, total_slots: int, first: int) -> Iterator[Rows]:
         """Made by Ray Data."""
-        return ray_rounds(stream, slots, total_slots, first, self.reserved_cpus)
+        return ray_rounds(stream, slots, total_slots, first)
 
     def report(self, metrics: Mapping[str, Any], checkpoint: Path) -> None:
-        """Tell the controller; the checkpoint is on shared storage already."""
-        ray.train.report(
-            {**metrics, "checkpoint": str(checkpoint)},
-            checkpoint=Checkpoint.from_directory(str(checkpoint)) if self.rank == 0 else None,
-            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
-        )
+        """Tell the controller. The checkpoint is ours: it stands on shared storage already."""
+        ray.train.report({**metrics, "checkpoint": str(checkpoint)})
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """What every worker runs. Takes and returns plain values: they are pickled."""
     config = from_dict(settings["config"])
     share_cores(ray.train.get_context().get_local_world_size())
-    reserved = config.cluster.num_workers * config.cluster.cpus_per_worker
     try:
-        result = pretrain(config, RayContext(reserved))
+        result = pretrain(config, RayContext())
     except UserError as error:
         return {"user_error": str(error)}
     return {

@@ -19,7 +19,7 @@ class DataConfig:
     variants: int = 1000
     """Augmentations drawn per task, beside the original."""
     max_side: int = 30
-    """Side of the canvas. Tasks with a larger demonstration or test input are left out, and counted."""
+    """Side of the canvas. Tasks with larger demonstrations or test inputs are left out, counted."""
     on_overlap: Literal["refuse", "drop"] = "refuse"
     """What to do with a training task that holds a test pair of an evaluation task."""
     seed: int = 0

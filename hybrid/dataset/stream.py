@@ -77,7 +77,7 @@ class Stream:
         return {"inputs": inputs, "labels": labels, "puzzle_identifiers": identifiers}
 
     def rounds(self, first: int, count: int, slots: range, total_slots: int) -> Rows:
-        """Rounds `first` to `first + count` of some slots, round by round: n = count * len(slots)."""
+        """`count` rounds of some slots from `first` on, round by round: n = count * len(slots)."""
         rounds = np.arange(first, first + count, dtype=np.int64)[:, None]
         return self.rows((rounds * total_slots + np.array(slots, np.int64)).ravel())
 

@@ -93,11 +93,12 @@ def verdict(tasks: Sequence[Task], trained_on: Sequence[str]) -> str:
 
     leaked = [task.id for task in tasks if any(seen(pair) for pair in task.test)]
     if leaked:
-        return f"CONTAMINATED: {len(leaked)} tasks with a test among the training pairs ({', '.join(leaked[:5])})"
+        named = ", ".join(leaked[:5]) + (", ..." if len(leaked) > 5 else "")
+        return f"CONTAMINATED: {len(leaked)} tasks have a test among the training pairs ({named})"
     demonstrations = sum(any(seen(pair) for pair in task.train) for task in tasks)
     if demonstrations == 0:
         return "inductive: no pair of these tasks was trained on"
-    return f"transductive: the demonstrations of {demonstrations} of {len(tasks)} tasks were trained on"
+    return f"transductive: demonstrations of {demonstrations} of {len(tasks)} tasks were trained on"
 
 
 def describe(results: Mapping[str, Any]) -> str:

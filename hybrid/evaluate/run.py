@@ -56,7 +56,7 @@ def local_solve_all(job: Job, questions: Sequence[Question]) -> Iterator[Predict
 def evaluate(config: Config, solve_all: SolveAll, say: Callable[[str], None] = print) -> Outcome:
     """Ask every evaluation task of the dataset, write each answer as it comes, then score.
 
-    A rerun with the same checkpoint, dataset and settings finds the answers on disk and asks the rest.
+    A rerun with the same checkpoint, dataset and settings finds answers on disk, asks the rest.
     """
     dataset = Dataset.open(config.data_folder)
     checkpoint = _checkpoint(config)

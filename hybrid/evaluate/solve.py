@@ -1,4 +1,4 @@
-"""From a checkpoint to predictions: every view of every test input, all ACT steps, one ballot each."""
+"""From a checkpoint to predictions: every view of every test input is run and has one vote."""
 
 from __future__ import annotations
 

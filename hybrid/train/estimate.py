@@ -29,7 +29,7 @@ def estimate(config: Config) -> str:
     rows = -(-config.training.batch_size // max(1, config.cluster.num_workers))
     table = 4 * trm.num_puzzle_identifiers * trm.puzzle_emb_ndim
     width = 2 if config.cluster.use_gpu else 4
-    # Stored for the last cycle's backward: about 14 D-wide tensors a block beside SwiGLU's inner ones.
+    # Kept for the last cycle's backward: about 14 D-wide tensors a block, and SwiGLU's inner ones.
     inner = sum(p.shape[0] for n, p in model.blocks[0].named_parameters() if n == _UP)
     per_block = rows * trm.positions * (14 * trm.hidden_size + 2 * inner) * width
     activations = per_block * trm.L_layers * (trm.L_cycles + 1)

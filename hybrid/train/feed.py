@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,8 +18,8 @@ from hybrid.trm import IGNORE, Carry
 class Feed:
     """Rows by slot from an iterator of rounds.
 
-    A slot that keeps its row falls behind the others: the rounds between the slowest and the fastest
-    slot are held here, as uint8.
+    A slot that keeps its row falls behind the others: the rounds between the slowest and the
+    fastest slot are held here, as uint8.
     """
 
     def __init__(self, rounds: Iterator[Rows], first: int, taken: Tensor) -> None:
@@ -30,16 +32,14 @@ class Feed:
 
     def refill(self, carry: Carry) -> dict[str, Tensor]:
         """A batch on the carry's device: new rows for the halted slots, the others' own ones."""
-        halted = carry.halted.nonzero().squeeze(1).tolist()
-        batch = carry.current
-        if halted:
-            new = self._take(halted)
-            where = carry.halted.nonzero().squeeze(1)
-            batch = {
-                name: value.index_copy(0, where, new[name].to(value))
-                for name, value in carry.current.items()
-            }
-        return batch
+        halted = carry.halted.nonzero().squeeze(1)
+        if not len(halted):
+            return carry.current
+        new = self._take(halted.tolist())
+        return {
+            name: value.index_copy(0, halted, new[name].to(value))
+            for name, value in carry.current.items()
+        }
 
     def _take(self, slots: list[int]) -> dict[str, Tensor]:
         picked = []
@@ -56,14 +56,12 @@ class Feed:
         return _to_torch(picked)
 
 
-def _to_torch(picked: list[dict[str, object]]) -> dict[str, Tensor]:
-    """Tokens int32; labels with PAD as IGNORE, each row with at least one label."""
-    columns = {name: [torch.as_tensor(row[name]) for row in picked] for name in picked[0]}
-    rows = {name: torch.stack(column) for name, column in columns.items()}
-    labels = rows["labels"].int()
-    assert (labels != PAD).any(-1).all(), "a training row without labels"
-    return {
-        "inputs": rows["inputs"].int(),
-        "labels": labels.masked_fill(labels == PAD, IGNORE),
-        "puzzle_identifiers": rows["puzzle_identifiers"].int(),
+def _to_torch(picked: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """int32 each; labels with PAD as IGNORE, every row with at least one label."""
+    rows = {
+        name: torch.from_numpy(np.stack([row[name] for row in picked]).astype(np.int32))
+        for name in picked[0]
     }
+    labels = rows["labels"]
+    assert (labels != PAD).any(-1).all(), "a training row without labels"
+    return {**rows, "labels": labels.masked_fill(labels == PAD, IGNORE)}

@@ -45,7 +45,7 @@ class Result:
 
 
 def total_steps(config: Config, rows_per_epoch: int) -> int:
-    """Optimiser steps of the whole run; an epoch offers every row of an epoch once, as published."""
+    """Optimiser steps of the whole run; an epoch is as many as offer each of its rows once."""
     training = config.training
     if training.steps is not None:
         return training.steps

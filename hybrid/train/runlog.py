@@ -26,9 +26,9 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         self._handler = logging.FileHandler(folder / f"train_{rank}.log")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        root = logging.getLogger("hybrid")
-        root.setLevel(logging.INFO)
-        root.addHandler(self._handler)
+        self._logger = logging.getLogger("hybrid")
+        self._logger.setLevel(logging.INFO)
+        self._logger.addHandler(self._handler)
         self._metrics = None
         self._wandb: Any = None
         if rank == 0:
@@ -52,7 +52,8 @@ class RunLog:
             self._metrics.close()
         if self._wandb:
             self._wandb.finish(exit_code=int(error is not None), quiet=True)
-        logging.getLogger("hybrid").removeHandler(self._handler)
+        self._logger.removeHandler(self._handler)
+        self._logger.setLevel(logging.NOTSET)
         self._handler.close()
 
     def write(self, metrics: Metrics) -> None:

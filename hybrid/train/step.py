@@ -39,7 +39,7 @@ def train_step(
     parameters = state.optimizer.parameters.values()
     for parameter in parameters:
         parameter.grad = None
-    (loss / config.batch_size).backward()
+    torch.autograd.backward(loss / config.batch_size)
     _sum_gradients(parameters, context)
     ids = context.gather(carry.current["puzzle_identifiers"])
     rows = outputs.puzzle_rows
@@ -82,7 +82,8 @@ def _sum_gradients(parameters: Iterable[Tensor], context: RunContext) -> None:
         return
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = context.sum_(torch.cat([grad.flatten() for grad in grads]))
-    for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+    parts = torch.split(flat, [grad.numel() for grad in grads])
+    for grad, summed in zip(grads, parts, strict=True):
         grad.copy_(summed.view_as(grad))
 
 

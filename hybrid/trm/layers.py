@@ -69,7 +69,7 @@ class Linear(nn.Module):
 
 
 class Attention(nn.Module):
-    """Non-causal multi-head attention; the fused projection is laid out q heads, k heads, v heads."""
+    """Non-causal multi-head attention; the fused projection holds q heads, k heads, v heads."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -85,7 +85,8 @@ class Attention(nn.Module):
             q, k = rotate(q, rotary), rotate(k, rotary)
         out = F.scaled_dot_product_attention(q, k, v)
         # reshape, not view: the kernels differ in the memory layout they return.
-        return self.o_proj(out.transpose(1, 2).reshape(B, N, D))
+        mixed: Tensor = self.o_proj(out.transpose(1, 2).reshape(B, N, D))
+        return mixed
 
 
 class SwiGLU(nn.Module):
@@ -99,13 +100,14 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        down: Tensor = self.down_proj(F.silu(gate) * up)
+        return down
 
 
 class Block(nn.Module):
     """Post-norm: h = rms(h + mix(h)); h = rms(h + swiglu(h)).
 
-    With `mlp_t` the mix is a SwiGLU over the sequence, and so is its norm: h is transposed around both.
+    With `mlp_t` the mix is a SwiGLU over the sequence and so is its norm: h is transposed for both.
     """
 
     def __init__(self, config: TRMConfig) -> None:

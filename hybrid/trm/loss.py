@@ -1,4 +1,4 @@
-"""Stablemax cross-entropy and the loss of one ACT step (arXiv 2510.04871, section 4; 2501.04697)."""
+"""Stablemax cross-entropy (arXiv 2501.04697) and the loss of one ACT step (2510.04871)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ IGNORE = -100
 def log_stablemax(logits: Tensor) -> Tensor:
     """log(s(x) / sum s(x)) over the last axis, s(x) = x + 1 for x >= 0 and 1 / (1 - x) below.
 
-    In logarithms log1p(x) and -log1p(-x). Both branches are clamped, so that the one not taken holds
-    no NaN; the shorter sign(x) log1p(|x|) would have no gradient at x = 0, where it is 1.
+    In logarithms log1p(x) and -log1p(-x). Both branches are clamped, so that the one not taken
+    holds no NaN; the shorter sign(x) log1p(|x|) would have no gradient at x = 0, where it is 1.
     """
     above, below = logits.clamp_min(0), logits.clamp_max(0)
     log_s = torch.where(logits >= 0, torch.log1p(above), -torch.log1p(-below))
@@ -35,10 +35,10 @@ def act_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss *summed* over rows, and sums for metrics; divide both by what the caller counts.
 
-    Per row the mean over its labelled positions plus half the binary cross-entropy of the halt logit
-    against "this row is exactly right". `count` and the metrics that go with it cover the rows that
-    halted in this step, the two losses all rows. A row without labels counts as right in the halting
-    loss, as published; the training stream never hands one out.
+    Per row the mean over its labelled positions plus half the binary cross-entropy of the halt
+    logit against "this row is exactly right". `count` and the metrics that go with it cover the
+    rows that halted in this step, the two losses all rows. A row without labels counts as right in
+    the halting loss, as published; the training stream never hands one out.
     """
     scored = labels != IGNORE
     counts = scored.sum(-1)

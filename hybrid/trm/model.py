@@ -4,8 +4,8 @@
     z_H  the answer so far, the paper's y                   [B, P+L, D]
     z_L  the latent reasoning, the paper's z                [B, P+L, D]
 
-One *cycle* improves z_L `L_cycles` times, then z_H once. One *ACT step* is `H_cycles` cycles and one
-supervision; a row lives for up to `halt_max_steps` of them, its carry detached in between.
+One *cycle* improves z_L `L_cycles` times, then z_H once. One *ACT step* is `H_cycles` cycles and
+one supervision; a row lives for up to `halt_max_steps` of them, its carry detached in between.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Outputs:
     q_continue: Tensor
     """[B] float32: the halt head's second logit, published and unused."""
     puzzle_rows: Tensor | None
-    """[B, puzzle_emb_ndim]: the rows that went in; in training a leaf whose .grad the table's step reads."""
+    """[B, puzzle_emb_ndim]: the rows that went in; in training a leaf, its .grad for the table."""
 
 
 class TRM(nn.Module):

@@ -70,7 +70,7 @@ def sign_sgd_(table: Tensor, ids: Tensor, grads: Tensor, *, lr: float, weight_de
 
     `grads` [B, ndim] of one id are summed over the *global* batch before the sign is taken.
     """
-    rows, place = ids.long().unique(return_inverse=True)
+    rows, place = torch.unique(ids.long(), return_inverse=True)
     summed = torch.zeros(len(rows), grads.shape[1], dtype=grads.dtype, device=grads.device)
     summed.index_add_(0, place, grads)
     table[rows] = table[rows] * (1 - lr * weight_decay) - lr * summed.sign()

@@ -63,9 +63,9 @@ def load(
     """A TRM with published weights, from a torch file (read with weights_only) or a state dict.
 
     `arch` are the published config keys (L_cycles is required). A puzzle table of another size is
-    filled by name where both identifier lists are given (`identifiers` names the checkpoint's rows),
-    otherwise with the mean row, and the log says so. Raises UserError for missing, unknown or
-    misshapen tensors, all named.
+    filled by name where both identifier lists are given (`identifiers` names the checkpoint's
+    rows), otherwise with the mean row, and the log says so. Raises UserError for missing, unknown
+    or misshapen tensors, all named.
     """
     if isinstance(source, Mapping):
         where, state = "state dict", dict(source)

@@ -147,3 +147,14 @@ def test_what_has_its_own_rule_is_no_parameter(tiny: Tiny, batch_of: BatchOf) ->
         with torch.no_grad():
             rows = quiet.act_step(quiet.initial_carry(batch), batch)[1].puzzle_rows
         assert rows is not None and not rows.requires_grad
+
+
+def test_evaluating_first_does_not_spoil_training(tiny: Tiny, batch_of: BatchOf) -> None:
+    """What is cached on the way must not be an inference tensor: backward refuses those."""
+    model = TRM(tiny())
+    batch = batch_of(model.config)
+    with torch.inference_mode():
+        model.eval().act_step(model.initial_carry(batch), batch)
+    model.train()
+    loss_of(model, model.initial_carry(batch), batch, None).backward()
+    assert all(p.grad is not None for p in model.parameters())

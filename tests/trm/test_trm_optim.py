@@ -153,3 +153,22 @@ def test_the_average_holds_the_weights_and_nothing_else(tiny: Callable[..., TRMC
         torch.testing.assert_close(average.shadow[name], before[name] + 0.25)
         assert torch.equal(p.detach(), before[name] + 1.0)
         assert not average.shadow[name].requires_grad
+
+
+def test_the_average_stands_in_without_a_copy(tiny: Callable[..., TRMConfig]) -> None:
+    model = TRM(tiny())
+    average = MovingAverage(dict(model.named_parameters()), rate=0.5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    average.update()
+    live = {name: p.detach().clone() for name, p in model.named_parameters()}
+    shadow = {name: value.clone() for name, value in average.shadow.items()}
+    places = {value.data_ptr() for value in average.shadow.values()}
+    with pytest.raises(KeyboardInterrupt), average.applied():
+        for name, p in model.named_parameters():
+            assert torch.equal(p.detach(), shadow[name]) and p.data_ptr() in places
+        raise KeyboardInterrupt
+    for name, p in model.named_parameters():
+        assert torch.equal(p.detach(), live[name])
+        assert torch.equal(average.shadow[name], shadow[name])

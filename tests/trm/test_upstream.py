@@ -90,6 +90,12 @@ def test_wrappers_in_front_of_the_names_do_not_matter(model: TRM, prefix: str) -
     assert same(upstream.load(state, **asdict(model.config)), model)
 
 
+@pytest.mark.xfail(strict=True, reason="export writes inner._orig_mod.*, which load does not know")
+def test_a_compiled_model_is_exported_under_the_same_names(model: TRM) -> None:
+    compiled = torch.compile(model)
+    assert upstream.export(compiled).keys() == upstream.export(model).keys()
+
+
 def test_a_file_is_as_good_as_a_state_dict(model: TRM, tmp_path: Path) -> None:
     path = tmp_path / "step_518071"
     torch.save(upstream.export(model), path)
@@ -165,6 +171,12 @@ def test_every_tensor_that_does_not_fit_is_named(model: TRM) -> None:
     ):
         assert part in message
     assert message.count(";") == 3
+
+
+@pytest.mark.xfail(strict=True, reason="the shape reported is that of the resized table")
+def test_a_table_of_another_width_is_named_with_its_shape(model: TRM) -> None:
+    state = upstream.export(model) | {TABLE: torch.zeros(7, 9)}
+    refused(state, r"inner.puzzle_emb.weights is \[7, 9\]", **asdict(model.config))
 
 
 def test_task_identity_is_not_dropped_in_silence(model: TRM) -> None:

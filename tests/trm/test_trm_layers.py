@@ -1,0 +1,45 @@
+"""The blocks in bfloat16 round once, at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from hybrid.trm.layers import rms_norm, rotary_table, rotate
+
+ROTARY = rotary_table(7, 8, 10_000.0, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "layer", [lambda x: rms_norm(x, 1e-5), lambda x: rotate(x, ROTARY)], ids=["rms_norm", "rotate"]
+)
+def test_half_precision_is_the_wide_result_rounded(layer: Callable[[Tensor], Tensor]) -> None:
+    x = 3 * torch.randn(4, 2, 7, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert layer(x).dtype == torch.bfloat16
+    assert torch.equal(layer(x), layer(x.float()).bfloat16())
+    wide = layer(x.double())
+    assert wide.dtype == torch.float64
+    torch.testing.assert_close(layer(x.float()), wide.float())
+
+
+def test_rms_norm_divides_by_the_root_mean_square() -> None:
+    x = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
+    torch.testing.assert_close(rms_norm(x, 0.5), x / 13**0.5)
+    assert rms_norm(torch.zeros(1, 4), 1e-5).tolist() == [[0.0] * 4]
+
+
+def test_rotation_depends_on_distance_alone() -> None:
+    """The scalar product of two rotated vectors is a function of how far apart they are."""
+    q, k = torch.randn(
+        2, 1, 1, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    turned_q, turned_k = (rotate(x.expand(1, 1, 7, 8), ROTARY)[0, 0] for x in (q, k))
+    scores = turned_q @ turned_k.T
+    for distance in range(-6, 7):
+        along = scores.diagonal(distance)
+        torch.testing.assert_close(along, along[:1].expand_as(along), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scores.diagonal(), (q * k).sum().expand(7), atol=1e-5, rtol=1e-5)
+    assert scores[0].std() > 0.1
