@@ -3,7 +3,7 @@
     step_00000100/
         *.safetensors   tensors; one file per concern and, for the carry, per worker
         config.yaml     the resolved config
-        state.json      plain values, and size and SHA-256 of every other file
+        state.json      plain values, size and SHA-256 of every other file, and its own SHA-256
 
 A folder is written as `step_00000100.partial` and renamed when `state.json` stands. Nothing is ever
 unpickled.
@@ -67,9 +67,9 @@ def seal(partial: Path, folder: Path, state: Mapping[str, Any], texts: Mapping[s
     for name, text in texts.items():
         (partial / name).write_text(text)
     files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
-    body = json.dumps({"format": FORMAT, **state, "files": files}, indent=1)
-    (partial / STATE).write_text(body)
-    for path in partial.iterdir():
+    sealed = {"format": FORMAT, **state, "files": files}
+    (partial / STATE).write_text(json.dumps({**sealed, "sha256": _checksum(sealed)}, indent=1))
+    for path in (*partial.iterdir(), partial):
         _sync(path)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
@@ -83,10 +83,12 @@ def read(folder: str | Path) -> Checkpoint:
         state = json.loads((folder / STATE).read_text())
     except FileNotFoundError:
         raise UserError(f"{folder}: no checkpoint here ({STATE} is missing)") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder / STATE}: cannot be read ({error})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT or "files" not in state:
         raise UserError(f"{folder / STATE}: not a checkpoint of format {FORMAT}")
+    if state.pop("sha256", None) != _checksum(state):
+        raise UserError(f"{folder / STATE}: damaged (not the file that was written)")
     for name, expected in state["files"].items():
         path = folder / name
         if not path.is_file():
@@ -99,20 +101,40 @@ def read(folder: str | Path) -> Checkpoint:
 
 
 def newest(checkpoints: Path) -> Checkpoint | None:
-    """The newest whole checkpoint in a folder of them; damaged ones are passed over and logged."""
+    """The newest whole checkpoint in a folder of them; damaged ones are passed over and logged.
+
+    None where there is no checkpoint; UserError where there are some and all are damaged.
+    """
+    damaged: list[UserError] = []
     for folder in sorted(checkpoints.glob("step_*[0-9]"), reverse=True):
         try:
-            return read(folder)
+            whole = read(folder)
         except UserError as error:
-            log.warning("checkpoint passed over: %s", error)
+            damaged.append(error)
+            continue
+        for problem in damaged:
+            log.warning("checkpoint passed over: %s", problem)
+        return whole
+    if damaged:
+        raise damaged[0]
     return None
 
 
-def prune(checkpoints: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what killed runs left half written."""
-    folders = sorted(checkpoints.glob("step_*[0-9]"))
-    for folder in (*folders[:-keep], *checkpoints.glob("step_*.partial")):
-        shutil.rmtree(folder, ignore_errors=True)
+def prune(written: Path, keep: int) -> None:
+    """Keep the checkpoint just written and the `keep` - 1 before it; remove the others.
+
+    Later ones are damaged, or the run would have resumed from them. What killed runs left half
+    written goes too.
+    """
+    folders = sorted(written.parent.glob("step_*[0-9]"))
+    kept = [folder for folder in folders if folder <= written][-keep:]
+    for folder in (*folders, *written.parent.glob("step_*.partial")):
+        if folder not in kept:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _checksum(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _fingerprint(path: Path) -> list[Any]:

@@ -14,17 +14,25 @@ from hybrid.errors import UserError
 from hybrid.train import estimate
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong command line as any other wrong input is: one line, no usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help shows the usage)")
+
+
 def main(usage: str | None, run: Callable[[Config], Any]) -> NoReturn:
     """Parse the command line, run, exit: 0 done, 2 wrong input (one line), 1 anything else."""
-    parser = argparse.ArgumentParser(description=usage)
+    parser = _Parser(description=usage)
     parser.add_argument("--config", required=True, help="YAML file of an experiment")
     parser.add_argument("--dry-run", action="store_true", help="say what would run, and exit")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    arguments = parser.parse_args()
     console = logging.StreamHandler()
     console.setLevel(logging.WARNING)
     logging.basicConfig(handlers=[console], format="%(levelname)s %(message)s")
     try:
+        # Intermixed: overrides may stand on both sides of --dry-run.
+        arguments = parser.parse_intermixed_args()
         config = configs.load(arguments.config, arguments.overrides)
         if arguments.dry_run:
             print(configs.dump(config))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import os
+import re
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from functools import cache
 from pathlib import Path
+from reprlib import repr as short_repr
 from typing import Any, Literal
 
 import yaml
@@ -29,10 +33,10 @@ class PathsConfig:
 
     def absolute(self) -> PathsConfig:
         """The same with every path absolute: workers run in other folders."""
-        root = Path(self.root).expanduser().absolute()
-        data = Path(self.data).expanduser() if self.data else root / "arc" / "processed"
-        runs = Path(self.runs).expanduser() if self.runs else root / "runs"
-        return PathsConfig(root=str(root), data=str(data.absolute()), runs=str(runs.absolute()))
+        root = _absolute(self.root)
+        data = _absolute(self.data) if self.data else root / "arc" / "processed"
+        runs = _absolute(self.runs) if self.runs else root / "runs"
+        return PathsConfig(root=str(root), data=str(data), runs=str(runs))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +69,12 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         problems = check_fields(
             self,
-            **dict.fromkeys(("batch_size", "steps", "save_every", "keep_checkpoints"), (1, None)),
-            **dict.fromkeys(("epochs", "lr", "puzzle_lr", "lr_warmup_steps", "seed"), (0, None)),
-            **dict.fromkeys(("weight_decay", "puzzle_weight_decay", "probe_pairs"), (0, None)),
+            **dict.fromkeys(("batch_size", "save_every", "keep_checkpoints"), (1, None)),
+            **dict.fromkeys(("lr", "puzzle_lr", "lr_warmup_steps", "probe_pairs"), (0, None)),
+            **dict.fromkeys(("weight_decay", "puzzle_weight_decay"), (0, None)),
+            steps=(1, 10**12),
+            epochs=(0, 10**12),
+            seed=(0, 2**63),
             **dict.fromkeys(("beta1", "beta2", "ema_rate"), (0, 1 - 1e-09)),
             lr_min_ratio=(0, 1),
         )
@@ -135,7 +142,7 @@ class LoggingConfig:
 
     def __post_init__(self) -> None:
         problems = check_fields(self, every=(1, None))
-        if Path(self.run).name != self.run:
+        if self.run in (".", "..") or not set(self.run).isdisjoint("/\0"):
             problems.append(f"run must be a plain name, got {self.run!r}")
         if problems:
             raise ValueError("\n".join(problems))
@@ -166,7 +173,11 @@ class Config:
         return Path(self.paths.data)
 
 
-DERIVED = {"trm.seq_len": "data.max_side", "trm.num_puzzle_identifiers": "data.variants"}
+DERIVED = {
+    "trm.seq_len": "data.max_side",
+    "trm.num_puzzle_identifiers": "data.variants",
+    "trm.vocab_size": "the tokens of grids",
+}
 """Keys of TRMConfig that belong to the data: a user may not set them."""
 
 
@@ -191,13 +202,11 @@ def from_dict(
     raw: Mapping[str, Any], *, where: str = "config", problems: Sequence[str] = ()
 ) -> Config:
     """A validated Config from nested mappings (a YAML document, a trial of a sweep)."""
-    found = [*problems, *_unknown_keys(Config, raw, "")]
-    try:
-        config: Config = TypeAdapter(Config).validate_python(_known_only(Config, raw))
-    except ValidationError as error:
-        found += [line for detail in error.errors() for line in _explain(detail)]
+    known = _known_only(Config, raw)
+    found = [*problems, *_unknown_keys(Config, raw, ""), *_wrong_values(known)]
     if found:
         raise UserError(f"{where}: " + "; ".join(found))
+    config = _adapter().validate_python(known)
     return replace(config, paths=config.paths.absolute())
 
 
@@ -231,13 +240,13 @@ def differences(
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = _parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not YAML: {error}") from error
     if raw is None:
         return {}
     if not isinstance(raw, dict):
@@ -252,13 +261,43 @@ def _override(raw: dict[str, Any], text: str, problems: list[str]) -> None:
         problems.append(f"override {text!r} is not section.key=value")
         return
     try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
+        parsed = _parse_yaml(value)
+    except ValueError:
         problems.append(f"override {text!r}: the value is not YAML")
         return
-    target = raw.setdefault(section, {})
+    if raw.get(section) is None:
+        raw[section] = {}
+    target = raw[section]
     if isinstance(target, dict):
         target[key] = parsed
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key written twice, of which YAML would take the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"{key.value} is there twice", problem_mark=key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _parse_yaml(text: str) -> Any:
+    """The document in `text`; ValueError, in one line, for what is not YAML."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except Exception as error:  # PyYAML raises half a dozen unrelated types for a bad scalar
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def _absolute(path: str) -> Path:
+    # os.path's expanduser, unlike Path's, leaves the name of a user who is unknown as it is.
+    return Path(os.path.expanduser(path)).absolute()
 
 
 def _section_type(hint: Any) -> Any:
@@ -266,23 +305,26 @@ def _section_type(hint: Any) -> Any:
 
 
 def _unknown_keys(cls: Any, raw: Any, prefix: str) -> list[str]:
+    """What is no key, no section, or a truth value where pydantic would take it for a number."""
     if raw is None:
         return []
     if not isinstance(raw, Mapping):
-        return [f"{prefix.rstrip('.')}: must be a section of keys, got {raw!r}"]
+        return [f"{prefix.rstrip('.')}: must be a section of keys, got {short_repr(raw)}"]
     hints = typing.get_type_hints(cls)
-    known = [field.name for field in fields(cls)]
+    known = [name for name in hints if f"{prefix}{name}" not in DERIVED]
     found = []
     for key, value in raw.items():
         dotted = f"{prefix}{key}"
-        if key not in known:
+        if dotted in DERIVED:
+            found.append(f"{dotted}: follows from {DERIVED[dotted]} and cannot be set")
+        elif key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
             found.append(f"{dotted}: unknown key, {hint}")
-        elif dotted in DERIVED:
-            found.append(f"{dotted}: follows from {DERIVED[dotted]} and cannot be set")
         elif _section_type(hints[key]):
             found += _unknown_keys(hints[key], value, f"{dotted}.")
+        elif isinstance(value, bool) and hints[key] is not bool:
+            found.append(f"{dotted}: must not be a truth value, got {value}")
     return found
 
 
@@ -301,12 +343,43 @@ def _known_only(cls: Any, raw: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
+@cache
+def _adapter() -> TypeAdapter[Config]:
+    return TypeAdapter(Config)
+
+
+def _wrong_values(values: Mapping[str, Any]) -> list[str]:
+    """Every value of a wrong type, and every one out of range."""
+    try:
+        _adapter().validate_python(values)
+    except ValidationError as error:
+        details = error.errors()
+    else:
+        return []
+    found = [line for detail in details for line in _explain(detail)]
+    mistyped = {detail["loc"][:2] for detail in details if detail["type"] != "value_error"}
+    if not mistyped:
+        return found
+    # A section checks ranges only when all its types are right: ask again without the wrong ones,
+    # and pass over what is now said about these.
+    rest = {
+        section: {key: value for key, value in of.items() if (section, key) not in mistyped}
+        for section, of in values.items()
+    }
+    for line in _wrong_values(rest):
+        section, *words = re.findall(r"\w+", line)
+        if line not in found and not any((section, word) in mistyped for word in words):
+            found.append(line)
+    return found
+
+
 def _explain(detail: Mapping[str, Any]) -> list[str]:
-    place = ".".join(str(part) for part in detail["loc"] if not str(part).startswith("function-"))
+    place = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "value_error":
         # A section's __post_init__: one problem a line, each beginning with the key's name.
         return [f"{place}.{line}" for line in str(detail["ctx"]["error"]).splitlines()]
-    return [f"{place}: {detail['msg'].lower()}, got {detail['input']!r}"]
+    message = detail["msg"].lower().replace("tuple", "list")
+    return [f"{place}: {message}, got {short_repr(detail['input'])}"]
 
 
 __all__ = [

@@ -2,12 +2,63 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from collections.abc import Callable, Iterator
+from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from helpers import ASKED, TRAINED, config_of, write_tasks
+
+from hybrid.arc import Task, load_tasks
+from hybrid.config import Config
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Two processes add up in the same order only with the same number of threads."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Small extracts of what the published code computed; see golden/extract.py."""
     return Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def arc1() -> dict[str, Task]:
+    """All tasks of ARC-AGI-1 by id."""
+    sources = ("arc1-training", "arc1-evaluation")
+    return {task.id: task for source in sources for task in load_tasks(source)}
+
+
+@pytest.fixture
+def configure(tmp_path: Path, arc1: dict[str, Task]) -> Callable[..., Config]:
+    """configure(section={key: value}) -> a tiny config; its tasks are on disk, not prepared."""
+    write_tasks(tmp_path / "training", [arc1[task] for task in TRAINED])
+    write_tasks(tmp_path / "evaluation", [arc1[task] for task in ASKED])
+    return partial(config_of, tmp_path)
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., BaseProcess]]:
+    """start(function, *args): a new process that has nothing of this one but its arguments."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    context: Any = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["helpers", "hybrid.evaluate"])
+    started: list[BaseProcess] = []
+
+    def start_process(function: Callable[..., Any], *args: Any) -> BaseProcess:
+        process: BaseProcess = context.Process(target=function, args=args)
+        process.start()
+        started.append(process)
+        return process
+
+    yield start_process
+    for process in started:
+        process.kill()
+        process.join()

@@ -64,24 +64,23 @@ class _Pool:
     def run(self, questions: Sequence[Question]) -> Iterator[Prediction]:
         """Every question is answered once; those a lost actor held go back into the queue."""
         waiting = deque(questions)
-        held: dict[Any, tuple[int, Question]] = {}
-        load = dict.fromkeys(self.actors, 0)
-        while waiting or held:
-            for number, actor in self.actors.items():
-                while waiting and load[number] < IN_FLIGHT:
+        held: dict[int, dict[Any, Question]] = {number: {} for number in self.actors}
+        while waiting or any(held.values()):
+            for number, mine in held.items():
+                while waiting and len(mine) < IN_FLIGHT:
                     question = waiting.popleft()
-                    held[actor.solve.remote(question)] = number, question
-                    load[number] += 1
-            done, _ = ray.wait(list(held), num_returns=1)
-            for reference in done:
-                number, question = held.pop(reference)
-                load[number] -= 1
-                try:
-                    yield ray.get(reference)
-                except RayActorError as error:
-                    waiting.appendleft(question)
-                    if load[number] == 0:
-                        self._replace(number, error)
+                    mine[self.actors[number].solve.remote(question)] = question
+            (done,), _ = ray.wait([ref for mine in held.values() for ref in mine], num_returns=1)
+            number = next(number for number, mine in held.items() if done in mine)
+            try:
+                prediction = ray.get(done)
+            except RayActorError as error:
+                waiting.extendleft(held[number].values())
+                held[number].clear()
+                self._replace(number, error)
+            else:
+                del held[number][done]
+                yield prediction
 
     def _replace(self, number: int, error: RayActorError) -> None:
         if self.replacements == 0:

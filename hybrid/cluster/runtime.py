@@ -12,15 +12,14 @@ import ray
 from hybrid.config import Config
 from hybrid.errors import UserError
 
-QUIET = {
+LOCAL = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # workers' prints would come out twice
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
-LOOPBACK = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # makes a cluster of one machine listen on 127.0.0.1
     "RAY_AUTH_MODE": "disabled",  # else a token file appears in the user's home
+    "RAY_worker_niceness": "0",  # a worker that others overtake stalls at every barrier of OpenMP
 }
+"""Environment of a cluster of our own; what the user has set stays."""
 
 
 @contextmanager
@@ -28,31 +27,34 @@ def cluster(config: Config) -> Iterator[None]:
     """Inside, ray is connected.
 
     To the running cluster where RAY_ADDRESS or a job names one, else to one of this machine that
-    ends with the block.
-
-    Raises UserError if the cluster can never hold the workers that the config asks for.
+    ends with the block. Raises UserError if the cluster can never hold the workers that the config
+    asks for.
     """
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    joining = bool(os.environ.get("RAY_ADDRESS"))
     ours = not ray.is_initialized()
-    if ours:
-        if not joining:
-            for name, value in LOOPBACK.items():
-                os.environ.setdefault(name, value)
-        package = Path(__file__).parents[2]
-        # Workers' own logs are in the run folder; what they raise comes back here.
-        ray.init(
-            log_to_driver=joining,
-            logging_level="WARNING",
-            runtime_env=None if joining else {"env_vars": {"PYTHONPATH": str(package)}},
-        )
+    if ours and os.environ.get("RAY_ADDRESS"):
+        ray.init()
+    elif ours:
+        start_local()
     try:
         _check_fits(config)
         yield
     finally:
         if ours:
             ray.shutdown()
+
+
+def start_local(num_cpus: int | None = None) -> None:
+    """A cluster of this machine alone, which nobody else can reach."""
+    for name, value in LOCAL.items():
+        os.environ.setdefault(name, value)
+    package = Path(__file__).parents[2]
+    # Workers' own logs are in the run folder; what they raise comes back here.
+    ray.init(
+        num_cpus=num_cpus,
+        log_to_driver=False,
+        logging_level="WARNING",
+        runtime_env={"env_vars": {"PYTHONPATH": str(package)}},
+    )
 
 
 def _check_fits(config: Config) -> None:

@@ -17,8 +17,18 @@ import pyarrow.parquet as pq
 
 from hybrid.arc import Task, draw_variants, find_overlap, load_tasks, source_version
 from hybrid.dataset.config import DataConfig
-from hybrid.dataset.store import FORMAT, TABLES, TASKS, VARIANTS, Purpose, digest, grids_to_arrow
-from hybrid.errors import UserError
+from hybrid.dataset.store import (
+    FORMAT,
+    TABLES,
+    TASKS,
+    VARIANTS,
+    Purpose,
+    digest,
+    grids_to_arrow,
+    read_meta,
+    write_meta,
+)
+from hybrid.errors import UserError, make_folder
 
 Say = Callable[[str], None]
 TASKS_FILE, VARIANTS_FILE = TABLES
@@ -39,7 +49,8 @@ def prepare(config: DataConfig, folder: str | Path, say: Say = print) -> dict[st
 
     A dataset of the same config and sources that is already there is left as it is. The same
     config gives the same bytes. `folder` changes in one rename: a killed run leaves what was there.
-    Raises UserError for bad sources and, with on_overlap=refuse, for contamination.
+    Raises UserError for bad sources, for a folder with anything but a dataset in it and, with
+    on_overlap=refuse, for contamination.
     """
     folder = Path(folder)
     versions = {source: source_version(source) for source in _sources(config)}
@@ -48,13 +59,15 @@ def prepare(config: DataConfig, folder: str | Path, say: Say = print) -> dict[st
     if existing:
         say(f"{folder}: already prepared, {existing['counts']}")
         return existing
+    _refuse_other_content(folder)
     selected, report = select(config, say)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    make_folder(partial.parent)
+    partial.mkdir()
     try:
         meta = {"format": FORMAT, **recipe, **report, **_write(partial, config, selected, say)}
-        (partial / "dataset.json").write_text(json.dumps(meta, indent=1) + "\n")
+        write_meta(partial, meta)
         _replace(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -94,9 +107,14 @@ def _read(sources: tuple[str, ...], purpose: Purpose, say: Say) -> list[Selected
         say(f"{source}: {len(tasks)} tasks for {purpose}")
         for task in tasks:
             other = by_id.setdefault(task.id, Selected(task=task, purpose=purpose, source=source))
-            if other.task != task:
+            if not _same(other.task, task):
                 raise UserError(f"{source}: task {task.id} differs from the one in {other.source}")
     return [by_id[task_id] for task_id in sorted(by_id)]
+
+
+def _same(one: Task, other: Task) -> bool:
+    """Whether demonstrations and tests are equal in any order: ARC-2 reorders tasks of ARC-1."""
+    return set(one.train) == set(other.train) and set(one.test) == set(other.test)
 
 
 def _without_leaks(
@@ -118,10 +136,9 @@ def _without_leaks(
                 " data.on_overlap=drop leaves them out"
             )
         say(f"{len(leaking)} training tasks left out")
-    among = find_overlap(
-        [s.task.without_answers() for s in evaluation], [s.task for s in evaluation]
-    )
-    for known, task in among.leaks:
+    # Inputs alone prove nothing here: 6ea4a07e asks what 8719f442 shows, with another answer.
+    answered = [s.task for s in evaluation if all(p.output is not None for p in s.task.test)]
+    for known, task in find_overlap(asked, answered).leaks:
         raise UserError(
             f"data.evaluation: a test of task {task} is a demonstration of task {known}"
         )
@@ -201,6 +218,19 @@ def _variant_batch(parts: list[tuple[int, Any, Any]]) -> pa.RecordBatch:
     return pa.record_batch([pa.array(tasks), pa.array(dihedral), packed], schema=VARIANTS)
 
 
+def _refuse_other_content(folder: Path) -> None:
+    """UserError if `folder`, which is about to be replaced, holds what is not a dataset's."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: a file is where the dataset's folder should be")
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    others = sorted(names - {"dataset.json", *TABLES})
+    if others:
+        raise UserError(
+            f"{folder}: holds {', '.join(others[:5])}, which is no dataset and would be lost;"
+            " name another folder in paths.data"
+        )
+
+
 def _replace(partial: Path, folder: Path) -> None:
     """Put the new folder in place of the old one, which is out of the way for one rename only."""
     old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
@@ -213,12 +243,11 @@ def _replace(partial: Path, folder: Path) -> None:
 def _existing(folder: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
     """dataset.json in `folder` if it was made by this recipe and its tables are whole."""
     try:
-        meta: dict[str, Any] = json.loads((folder / "dataset.json").read_text())
+        meta = read_meta(folder)
         whole = all(digest(folder / name) == value for name, value in meta["files"].items())
-        same = meta["format"] == FORMAT and all(meta[key] == recipe[key] for key in recipe)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (UserError, OSError):
         return None
-    return meta if whole and same else None
+    return meta if whole and all(meta[key] == recipe[key] for key in recipe) else None
 
 
 def _sources(config: DataConfig) -> list[str]:

@@ -3,7 +3,7 @@
     tasks.parquet      one row a task: id, purpose, source, grids
     variants.parquet   one row a variant: task (row of tasks.parquet), dihedral, colours; a *plan*,
                        the grids are made when a row is needed
-    dataset.json       counts, seed, source versions, fingerprint, digests of the two files
+    dataset.json       counts, seed, source versions, fingerprint, digests of the two files, its own
 
 The puzzle identifier of variant row v is v + 1; identifier 0 is the blank puzzle.
 """
@@ -65,7 +65,7 @@ class Dataset:
     def open(folder: str | Path) -> Dataset:
         """The dataset in `folder`; UserError if it is missing, incomplete or was changed."""
         folder = Path(folder)
-        meta = _read_meta(folder)
+        meta = read_meta(folder)
         tables = {name: _read_table(folder / name, meta) for name in TABLES}
         rows = tables["tasks.parquet"].to_pylist()
         variants = tables["variants.parquet"]
@@ -147,6 +147,32 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def write_meta(folder: Path, meta: dict[str, Any]) -> None:
+    """Write dataset.json: `meta`, sealed with a digest of it."""
+    sealed = {**meta, "sha256": _meta_digest(meta)}
+    (folder / "dataset.json").write_text(json.dumps(sealed, indent=1) + "\n")
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What `write_meta` was given; UserError if it is missing or was changed."""
+    path = folder / "dataset.json"
+    try:
+        meta = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no dataset here; run jobs/prepare.py first") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); prepare it again") from error
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise UserError(f"{path}: not a dataset of format {FORMAT}; prepare it again")
+    if meta.pop("sha256", None) != _meta_digest(meta):
+        raise UserError(f"{path}: changed since it was prepared; prepare it again")
+    return meta
+
+
+def _meta_digest(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta).encode()).hexdigest()
+
+
 def _task(row: dict[str, Any]) -> Task:
     def grid(value: dict[str, Any] | None) -> Grid | None:
         if value is None:
@@ -163,19 +189,6 @@ def _task(row: dict[str, Any]) -> Task:
         return tuple(found)
 
     return Task(id=row["id"], train=pairs(row["train"]), test=pairs(row["test"]))
-
-
-def _read_meta(folder: Path) -> dict[str, Any]:
-    path = folder / "dataset.json"
-    try:
-        meta = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no dataset here; run jobs/prepare.py first") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); prepare it again") from error
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT or "files" not in meta:
-        raise UserError(f"{path}: not a dataset of format {FORMAT}; prepare it again")
-    return meta
 
 
 def _read_table(path: Path, meta: dict[str, Any]) -> pa.Table:

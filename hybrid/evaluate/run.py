@@ -15,7 +15,7 @@ from hybrid.checkpoint import Checkpoint, newest, read
 from hybrid.config import Config, EvaluationConfig
 from hybrid.context import default_device
 from hybrid.dataset import Dataset
-from hybrid.errors import UserError
+from hybrid.errors import UserError, make_folder
 from hybrid.evaluate.merge import merge
 from hybrid.evaluate.report import write_report
 from hybrid.evaluate.solve import Prediction, Question, Solver
@@ -65,7 +65,7 @@ def evaluate(config: Config, solve_all: SolveAll, say: Callable[[str], None] = p
     if not asked:
         raise UserError(f"{dataset.folder}: holds no evaluation tasks (data.evaluation is empty)")
     folder = config.run_folder / "evaluation" / _name(config, checkpoint, dataset)
-    (folder / "predictions").mkdir(parents=True, exist_ok=True)
+    make_folder(folder / "predictions")
     same_dataset = checkpoint.state["dataset"]["fingerprint"] == dataset.fingerprint
     questions = [_question(dataset, task, config.evaluation, same_dataset) for task in asked]
     answered = {q.task.id: p for q in questions if (p := _on_disk(folder, q.task))}

@@ -53,7 +53,8 @@ class Solver:
         trm = replace(TRMConfig(**checkpoint.state["trm"]), num_puzzle_identifiers=1)
         self.model = TRM(trm)
         tensors = checkpoint.tensors("model") | checkpoint.tensors("average")
-        self.model.load_state_dict(tensors, strict=False)
+        missing, unknown = self.model.load_state_dict(tensors, strict=False)
+        assert missing == ["puzzle_table"] and not unknown, (missing, unknown)
         self.model.to(device).eval()
         self._table = checkpoint.folder / "puzzle_table.safetensors"
 

@@ -69,7 +69,8 @@ def pretrain(config: Config, context: RunContext) -> Result:
     first = int(state.taken.min())
     rounds = context.rounds(stream, slots, config.training.batch_size, first)
     feed = Feed(rounds, first, state.taken)
-    with RunLog(config, project=PROJECT, rank=context.rank, resumed_at=state.step) as run:
+    resumed_at = state.step if resumed else None
+    with RunLog(config, project=PROJECT, rank=context.rank, resumed_at=resumed_at) as run:
         log.info("step %d of %d, %s", state.step, total, resumed.folder if resumed else "fresh")
         meter = _Meter(state, stream, config, context, run)
         if state.step == 0:
@@ -77,10 +78,12 @@ def pretrain(config: Config, context: RunContext) -> Result:
         while state.step < total:
             sums = _step(state, feed, config, total, context, folder)
             last = state.step == total
-            meter.add(sums, last)
+            saving = last or state.step % config.training.save_every == 0
+            # What is not written yet would be lost to a run that resumes here.
+            meter.add(sums, saving)
             if last:
                 meter.probe()
-            if last or state.step % config.training.save_every == 0:
+            if saving:
                 _save(state, dataset, config, context, folder)
                 context.report(
                     {"step": state.step, **meter.latest}, step_folder(folder, state.step)
@@ -122,7 +125,7 @@ def refuse_changes(config: Config, dataset: Dataset, checkpoint: Checkpoint) -> 
 
 
 class _Meter:
-    """Sums metrics over steps and workers, and writes them every `logging.every` steps."""
+    """Sums metrics over steps and workers, writes them every `logging.every` steps and to save."""
 
     def __init__(
         self, state: TrainState, stream: Stream, config: Config, context: RunContext, run: RunLog
@@ -138,12 +141,12 @@ class _Meter:
         self.steps = 0
         self.since = time.perf_counter()
 
-    def add(self, sums: Sums, last: bool) -> None:
+    def add(self, sums: Sums, saving: bool) -> None:
         """Count one step; on every worker alike, for writing sums over them."""
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0) + value.double()
         self.steps += 1
-        if last or self.state.step % self.config.logging.every == 0:
+        if saving or self.state.step % self.config.logging.every == 0:
             self._write()
 
     def _write(self) -> None:
@@ -211,7 +214,7 @@ def _save(
     if context.rank == 0:
         texts = {"config.yaml": dump(config), "trained_on.json": json.dumps(trained_on(dataset))}
         seal(partial, final, _describe(state, dataset, config, context), texts)
-        prune(folder, config.training.keep_checkpoints)
+        prune(final, config.training.keep_checkpoints)
     _wait_for_all(context)
 
 

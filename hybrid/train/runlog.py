@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from hybrid.config import Config, to_dict
+from hybrid.errors import make_folder
 
 log = logging.getLogger(__name__)
 
@@ -21,9 +22,9 @@ Metrics = Mapping[str, float | int | str]
 class RunLog:
     """Rank 0 writes metrics and W&B, every rank its log file. Use as a context manager."""
 
-    def __init__(self, config: Config, *, project: str, rank: int, resumed_at: int) -> None:
+    def __init__(self, config: Config, *, project: str, rank: int, resumed_at: int | None) -> None:
         folder = config.run_folder
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self._handler = logging.FileHandler(folder / f"train_{rank}.log")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self._logger = logging.getLogger("hybrid")
@@ -32,7 +33,7 @@ class RunLog:
         self._metrics = None
         self._wandb: Any = None
         if rank == 0:
-            forget_after(folder / "metrics.jsonl", resumed_at)
+            forget_after(folder / "metrics.jsonl", -1 if resumed_at is None else resumed_at)
             self._metrics = (folder / "metrics.jsonl").open("a")
             if config.logging.wandb:
                 self._wandb = _start_wandb(config, project)
@@ -97,7 +98,7 @@ def _start_wandb(config: Config, project: str) -> Any:
             name=config.logging.run,
             dir=str(config.run_folder),
             config=to_dict(config),
-            mode=None if _has_key() else "offline",
+            mode=None if _has_key() or "WANDB_MODE" in os.environ else "offline",
             settings=wandb.Settings(silent=True),
         )
     except (wandb.Error, OSError) as error:

@@ -44,7 +44,7 @@ def train_step(
     ids = context.gather(carry.current["puzzle_identifiers"])
     rows = outputs.puzzle_rows
     row_grads = None if rows is None or rows.grad is None else context.gather(rows.grad)
-    _refuse_non_finite(state, loss, ids, context)
+    _refuse_non_finite(state, loss, row_grads, ids, context)
 
     def rate(base: float) -> float:
         return learning_rate(
@@ -87,12 +87,16 @@ def _sum_gradients(parameters: Iterable[Tensor], context: RunContext) -> None:
         grad.copy_(summed.view_as(grad))
 
 
-def _refuse_non_finite(state: TrainState, loss: Tensor, ids: Tensor, context: RunContext) -> None:
+def _refuse_non_finite(
+    state: TrainState, loss: Tensor, row_grads: Tensor | None, ids: Tensor, context: RunContext
+) -> None:
     """Raise Diverged on every worker if anything is not finite on one."""
     sound = loss.detach().isfinite()
     for parameter in state.optimizer.parameters.values():
         assert parameter.grad is not None
         sound = sound & parameter.grad.isfinite().all()
+    if row_grads is not None:
+        sound = sound & row_grads.isfinite().all()
     if int(context.sum_((~sound).int())):
         state.step -= 1
         raise Diverged(

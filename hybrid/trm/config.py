@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from hybrid.errors import check_fields
+
+Positions = Literal["rope", "learned", "none"]
+ForwardDtype = Literal["auto", "float32", "bfloat16", "float64"]
+CHOICES = {"pos_encodings": get_args(Positions), "forward_dtype": get_args(ForwardDtype)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +35,7 @@ class TRMConfig:
     """ACT steps a row lives at most."""
     halt_exploration_prob: float = 0.1
     """Chance that a row may not halt before a minimum drawn from 2..halt_max_steps."""
-    pos_encodings: Literal["rope", "learned", "none"] = "rope"
+    pos_encodings: Positions = "rope"
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
     mlp_t: bool = False
@@ -40,7 +44,7 @@ class TRMConfig:
     """Width of a puzzle's row, 0 for none; zero-padded to puzzle_emb_len * hidden_size."""
     puzzle_emb_len: int = 16
     """P, prefix positions in front of the grid."""
-    forward_dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    forward_dtype: ForwardDtype = "auto"
     """Compute dtype; auto is bfloat16 on a GPU and float32 on a CPU. Master weights are float32."""
     vocab_size: int = 12
     seq_len: int = 900
@@ -61,6 +65,10 @@ class TRMConfig:
             puzzle_emb_ndim=(0, None),
             puzzle_emb_len=(0, None),
         )
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                known = ", ".join(choices)
+                problems.append(f"{name} must be one of {known}, got {getattr(self, name)!r}")
         if self.num_heads >= 1 and self.hidden_size % self.num_heads:
             problems.append(
                 f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}"

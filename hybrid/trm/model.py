@@ -48,7 +48,7 @@ class Outputs:
     logits: Tensor
     """[B, L, vocabulary]"""
     q_halt: Tensor
-    """[B] float32: logit of "this answer is right, stop"."""
+    """[B] float32 at least: logit of "this answer is right, stop"."""
     q_continue: Tensor
     """[B] float32: the halt head's second logit, published and unused."""
     puzzle_rows: Tensor | None
@@ -147,7 +147,8 @@ class TRM(nn.Module):
         x, puzzle_rows = self._embed(carry.current, puzzle_rows)
         z_H, z_L = self._think(x, carry.z_H, carry.z_L)
 
-        q = self.q_head(z_H[:, 0]).float()
+        q = self.q_head(z_H[:, 0])
+        q = q.to(torch.promote_types(q.dtype, torch.float32))
         outputs = Outputs(
             logits=self.lm_head(z_H)[:, self.config.prefix :],
             q_halt=q[:, 0],

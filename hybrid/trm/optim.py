@@ -14,7 +14,7 @@ def learning_rate(step: int, *, base: float, warmup: int, total: int, min_ratio:
     """Rate of step 1, 2, ...: linear warm-up, then cosine from base to base * min_ratio."""
     if step < warmup:
         return base * step / warmup
-    progress = (step - warmup) / max(1, total - warmup)
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return base * (min_ratio + (1 - min_ratio) * cosine)
 

@@ -79,10 +79,12 @@ def load(
     own = {published_name(name): (name, value) for name, value in model.state_dict().items()}
     if not config.puzzle_emb_ndim:
         own.pop(TABLE)
-    elif TABLE in state and state[TABLE].shape != own[TABLE][1].shape:
-        state[TABLE] = resize_table(
-            state[TABLE], config.num_puzzle_identifiers, identifiers, new_identifiers
-        )
+    elif TABLE in state and state[TABLE].shape[1:] == own[TABLE][1].shape[1:]:
+        named = identifiers is not None and new_identifiers is not None
+        if named or len(state[TABLE]) != config.num_puzzle_identifiers:
+            state[TABLE] = resize_table(
+                state[TABLE], config.num_puzzle_identifiers, identifiers, new_identifiers
+            )
     _check_names(where, state, {name: value for name, (_, value) in own.items()})
     model.load_state_dict({own[name][0]: state[name] for name in own}, strict=False)
     return model
@@ -91,7 +93,7 @@ def load(
 def export(model: TRM, *, prefix: str = "model.") -> dict[str, Tensor]:
     """The model's state dict under the published names, tensors shared, not copied."""
     return {
-        prefix + published_name(name): value
+        prefix + published_name(name.removeprefix("_orig_mod.")): value
         for name, value in model.state_dict().items()
         if value.numel()
     }

@@ -90,7 +90,6 @@ def test_wrappers_in_front_of_the_names_do_not_matter(model: TRM, prefix: str) -
     assert same(upstream.load(state, **asdict(model.config)), model)
 
 
-@pytest.mark.xfail(strict=True, reason="export writes inner._orig_mod.*, which load does not know")
 def test_a_compiled_model_is_exported_under_the_same_names(model: TRM) -> None:
     compiled = torch.compile(model)
     assert upstream.export(compiled).keys() == upstream.export(model).keys()
@@ -173,7 +172,6 @@ def test_every_tensor_that_does_not_fit_is_named(model: TRM) -> None:
     assert message.count(";") == 3
 
 
-@pytest.mark.xfail(strict=True, reason="the shape reported is that of the resized table")
 def test_a_table_of_another_width_is_named_with_its_shape(model: TRM) -> None:
     state = upstream.export(model) | {TABLE: torch.zeros(7, 9)}
     refused(state, r"inner.puzzle_emb.weights is \[7, 9\]", **asdict(model.config))
@@ -238,7 +236,6 @@ def test_name_lists_of_the_wrong_length_are_refused(model: TRM) -> None:
     )
 
 
-@pytest.mark.xfail(strict=True, reason="load maps by name only where the sizes differ")
 def test_rows_are_found_by_name_in_a_table_of_the_same_size(model: TRM) -> None:
     old, new = list("abcde"), list("edcba")
     loaded = upstream.load(

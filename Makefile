@@ -1,0 +1,33 @@
+# Every target builds .venv by itself, on a fresh machine with Python 3.11 or newer.
+# PIP_ARGS chooses a torch build, see README: make demo PIP_ARGS="--extra-index-url ..."
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := configs/demo.yaml
+
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: demo test check clean
+
+demo: $(VENV)/installed
+	$(BIN)/python jobs/prepare.py --config $(DEMO)
+	$(BIN)/python jobs/pretrain.py --config $(DEMO)
+	$(BIN)/python jobs/evaluate.py --config $(DEMO)
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+check: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) out
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --editable ".[dev]"
+	touch $@

@@ -1,0 +1,252 @@
+"""What prepare writes, what it leaves out, and that no answer has a say in either."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import ASKED, TRAINED, StuckAt, poison, write_tasks
+
+from hybrid.arc import Task
+from hybrid.config import Config
+from hybrid.dataset import DataConfig, Dataset, Stream, prepare
+from hybrid.errors import UserError
+
+Configure = Callable[..., Config]
+Start = Callable[..., BaseProcess]
+Arc = dict[str, Task]
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def variants_of(dataset: Dataset, task: str) -> list[str]:
+    names = map(dataset.augmentation, range(len(dataset.task_of)))
+    return [augmentation.name for augmentation in names if augmentation.task == task]
+
+
+def test_same_config_same_bytes_other_seed_other_variants(
+    configure: Configure, tmp_path: Path
+) -> None:
+    data = configure().data
+    for name in ("a", "b"):
+        prepare(data, tmp_path / name, quiet)
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+    assert content(tmp_path / "a").keys() == {"tasks.parquet", "variants.parquet", "dataset.json"}
+    prepare(replace(data, seed=1), tmp_path / "c", quiet)
+    a, c = Dataset.open(tmp_path / "a"), Dataset.open(tmp_path / "c")
+    assert a.fingerprint != c.fingerprint
+    for task in TRAINED + ASKED:
+        assert variants_of(a, task)[0] == variants_of(c, task)[0] == task
+        assert variants_of(a, task) != variants_of(c, task)
+
+
+def test_another_task_leaves_the_variants_of_a_task_unchanged(
+    configure: Configure, tmp_path: Path, arc1: Arc
+) -> None:
+    data = configure().data
+    prepare(data, tmp_path / "before", quiet)
+    write_tasks(tmp_path / "training", [arc1["0d3d703e"]])
+    prepare(data, tmp_path / "after", quiet)
+    before, after = (Dataset.open(tmp_path / name) for name in ("before", "after"))
+    assert after.tasks[0].id == "0d3d703e", "the new task is not in front of the others"
+    for task in TRAINED + ASKED:
+        assert variants_of(before, task) == variants_of(after, task)
+
+
+def test_a_plan_in_many_row_groups_reads_as_one(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = configure().data
+    one = prepare(data, tmp_path / "one", quiet)
+    monkeypatch.setitem(prepare.__globals__, "VARIANTS_PER_ROW_GROUP", 8)
+    many = prepare(data, tmp_path / "many", quiet)
+    assert one["files"]["variants.parquet"] != many["files"]["variants.parquet"]
+    a, b = Dataset.open(tmp_path / "one"), Dataset.open(tmp_path / "many")
+    for name in ("task_of", "dihedral", "colours", "first_variant"):
+        assert np.array_equal(getattr(a, name), getattr(b, name)), name
+
+
+def test_the_original_leads_and_identifiers_are_variants_and_the_blank(
+    configure: Configure, tmp_path: Path
+) -> None:
+    meta = prepare(configure().data, tmp_path / "d", quiet)
+    dataset = Dataset.open(tmp_path / "d")
+    assert dataset.num_identifiers == meta["counts"]["variants"] + 1 == 6 * 6 + 1
+    assert [task.id for task in dataset.tasks] == sorted(TRAINED) + sorted(ASKED)
+    for number, task in enumerate(dataset.tasks):
+        first, stop = dataset.first_variant[number : number + 2]
+        assert dataset.augmentation(first).name == task.id
+        assert {dataset.augmentation(v).task for v in range(first, stop)} == {task.id}
+        assert len({dataset.augmentation(v).name for v in range(first, stop)}) == stop - first
+    assert stop == len(dataset.task_of)
+
+
+def test_tasks_come_back_as_they_were(configure: Configure, tmp_path: Path, arc1: Arc) -> None:
+    prepare(configure().data, tmp_path / "d", quiet)
+    dataset = Dataset.open(tmp_path / "d")
+    assert list(dataset.tasks) == [arc1[task.id] for task in dataset.tasks]
+    assert [dataset.tasks[t].id for t in dataset.asked] == sorted(ASKED)
+
+
+def test_a_task_with_few_variants_has_few_rows(tmp_path: Path, arc1: Arc) -> None:
+    write_tasks(tmp_path / "tasks", [arc1["332efdb3"], arc1["74dd1130"]])
+    data = DataConfig(training=(str(tmp_path / "tasks"),), evaluation=(), variants=20)
+    prepare(data, tmp_path / "d", quiet)
+    dataset = Dataset.open(tmp_path / "d")
+    few, many = (variants_of(dataset, task) for task in ("332efdb3", "74dd1130"))
+    assert (len(few), len(set(few)), len(many)) == (9, 9, 21)
+
+
+def test_tests_of_evaluation_tasks_are_not_training_pairs(
+    configure: Configure, tmp_path: Path
+) -> None:
+    meta = prepare(configure().data, tmp_path / "d", quiet)
+    dataset = Dataset.open(tmp_path / "d")
+    count = 0
+    for number, (task, purpose) in enumerate(zip(dataset.tasks, dataset.purposes, strict=True)):
+        pairs = dataset.training_pairs(number)
+        assert pairs == (task.pairs if purpose == "training" else task.train)
+        count += len(pairs)
+    assert count == meta["counts"]["training_pairs"] == len(Stream(dataset, 0))
+    assert meta["counts"]["evaluation_outputs"] == 5
+
+
+def test_no_answer_shows_in_anything_but_the_answers(
+    configure: Configure, tmp_path: Path, arc1: Arc
+) -> None:
+    """Garbage for every answer, larger than the canvas too: the model's world is the same."""
+    data = configure().data
+    prepare(data, tmp_path / "clean", quiet)
+    garbage = [poison(arc1[task]) for task in ASKED]
+    assert max(task.max_side for task in garbage) > data.max_side
+    write_tasks(tmp_path / "evaluation", garbage)
+    prepare(data, tmp_path / "poisoned", quiet)
+    clean, poisoned = (Dataset.open(tmp_path / name) for name in ("clean", "poisoned"))
+    assert clean.tasks != poisoned.tasks, "nothing was poisoned"
+    variants = [content(d.folder)["variants.parquet"] for d in (clean, poisoned)]
+    assert variants[0] == variants[1]
+    assert clean.fingerprint == poisoned.fingerprint
+    assert clean.meta["counts"] == poisoned.meta["counts"]
+    assert [task.without_answers() for task in clean.tasks] == [
+        task.without_answers() for task in poisoned.tasks
+    ]
+    two_epochs = np.arange(2 * len(Stream(clean, 0)))
+    rows = [Stream(dataset, 0).rows(two_epochs) for dataset in (clean, poisoned)]
+    assert all(np.array_equal(rows[0][name], rows[1][name]) for name in rows[0])
+
+
+def test_what_does_not_fit_the_canvas_is_counted_and_answers_do_not_decide(
+    configure: Configure, tmp_path: Path, arc1: Arc
+) -> None:
+    """Too large are 49d1d64f, d631b094 and be03b35f, and the garbage for answers of 25ff71a9."""
+    lines: list[str] = []
+    write_tasks(tmp_path / "evaluation", [arc1["be03b35f"], poison(arc1["25ff71a9"])])
+    meta = prepare(configure(data={"max_side": 3}).data, tmp_path / "d", lines.append)
+    assert [task.id for task in Dataset.open(tmp_path / "d").tasks] == ["74dd1130", *sorted(ASKED)]
+    assert meta["excluded"] == {"too_large": 3, "leaking": []}
+    assert meta["evaluation"] == {"asked": 3, "of": 4}
+    assert "3 of 7 tasks do not fit a canvas of side 3: left out" in lines
+    with pytest.raises(UserError, match=r"data\.max_side=1: no task fits"):
+        prepare(configure(data={"max_side": 1}).data, tmp_path / "d", quiet)
+
+
+def test_a_rerun_says_so_and_touches_nothing(configure: Configure, tmp_path: Path) -> None:
+    data, lines = configure().data, list[str]()
+    first = prepare(data, tmp_path / "d", quiet)
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "d").iterdir()}
+    second = prepare(data, tmp_path / "d", lines.append)
+    assert second == first
+    assert [line for line in lines if "already prepared" in line] == lines
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "d").iterdir()} == written
+
+
+@pytest.mark.parametrize("name", ["tasks.parquet", "variants.parquet"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_table_is_named_and_made_again(
+    configure: Configure, tmp_path: Path, name: str, damage: str
+) -> None:
+    data = configure().data
+    prepare(data, tmp_path / "d", quiet)
+    whole, path = content(tmp_path / "d"), tmp_path / "d" / name
+    middle = len(whole[name]) // 2
+    if damage == "flip":
+        flipped = bytes([whole[name][middle] ^ 1])
+        path.write_bytes(whole[name][:middle] + flipped + whole[name][middle + 1 :])
+    elif damage == "truncate":
+        path.write_bytes(whole[name][:middle])
+    else:
+        path.unlink()
+    with pytest.raises(UserError, match=name):
+        Dataset.open(tmp_path / "d")
+    prepare(data, tmp_path / "d", quiet)
+    assert content(tmp_path / "d") == whole
+
+
+def test_changed_sources_are_prepared_again(
+    configure: Configure, tmp_path: Path, arc1: Arc
+) -> None:
+    data = configure().data
+    before = prepare(data, tmp_path / "d", quiet)
+    write_tasks(tmp_path / "training", [arc1["0d3d703e"]])
+    after = prepare(data, tmp_path / "d", quiet)
+    assert after["counts"]["tasks"] == before["counts"]["tasks"] + 1
+    assert "0d3d703e" in {task.id for task in Dataset.open(tmp_path / "d").tasks}
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_killed_prepare_leaves_what_was_there(
+    configure: Configure, tmp_path: Path, start: Start, old: bool
+) -> None:
+    data, folder = configure().data, tmp_path / "d"
+    if old:
+        prepare(replace(data, seed=1), folder, quiet)
+    before = content(folder) if old else None
+    reached = multiprocessing.get_context("forkserver").Event()
+    process = start(prepare, data, folder, StuckAt("variants: 6/6", reached))
+    assert reached.wait(60), "it never said how far it is"
+    assert list(tmp_path.glob(".d.partial-*/variants.parquet")), "nothing half written to kill"
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert (content(folder) if folder.exists() else None) == before
+    prepare(data, folder, quiet)
+    prepare(data, tmp_path / "undisturbed", quiet)
+    assert content(folder) == content(tmp_path / "undisturbed")
+
+
+def test_a_failed_prepare_cleans_up(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError("disk full")
+
+    data = configure().data
+    before = set(tmp_path.iterdir())
+    monkeypatch.setitem(prepare.__globals__, "_replace", full)
+    with pytest.raises(OSError, match="disk full"):
+        prepare(data, tmp_path / "d", quiet)
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_folder_of_other_things_is_not_replaced(configure: Configure, tmp_path: Path) -> None:
+    data, precious = configure().data, tmp_path / "home" / "thesis.tex"
+    precious.parent.mkdir()
+    precious.write_text("years of work")
+    with pytest.raises(UserError, match=r"home: holds thesis\.tex, which is no dataset"):
+        prepare(data, precious.parent, quiet)
+    with pytest.raises(UserError, match=r"thesis\.tex: a file is where"):
+        prepare(data, precious, quiet)
+    assert precious.read_text() == "years of work"

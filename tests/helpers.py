@@ -1,0 +1,152 @@
+"""Small experiments on real tasks, and what tests run in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hybrid.arc import Pair, Task
+from hybrid.config import Config, from_dict
+from hybrid.context import ProcessGroupContext
+from hybrid.dataset import Dataset, Stream
+from hybrid.train import pretrain, state
+
+TRAINED = ("49d1d64f", "74dd1130", "d631b094")
+ASKED = ("25ff71a9", "44f52bb0", "d037b0a7")
+"""Real tasks on a canvas of side 5. Not all grids are square; ASKED have 2, 2 and 1 tests."""
+
+
+def config_of(root: Path, **sections: dict[str, Any]) -> Config:
+    """A tiny experiment under `root`, on the tasks in root/training and root/evaluation."""
+    raw: dict[str, dict[str, Any]] = {
+        "paths": {"root": str(root)},
+        "data": {
+            "training": [str(root / "training")],
+            "evaluation": [str(root / "evaluation")],
+            "variants": 5,
+            "max_side": 5,
+        },
+        "trm": {
+            "hidden_size": 32,
+            "num_heads": 2,
+            "expansion": 1,
+            "L_layers": 1,
+            "H_cycles": 2,
+            "L_cycles": 1,
+            "halt_max_steps": 4,
+            "puzzle_emb_ndim": 32,
+            "puzzle_emb_len": 1,
+        },
+        "training": {
+            "batch_size": 6,
+            "steps": 4,
+            "lr": 1e-3,
+            "puzzle_lr": 1e-2,
+            "lr_warmup_steps": 2,
+            "ema_rate": 0.9,
+            "save_every": 2,
+            "keep_checkpoints": 100,
+            "probe_pairs": 4,
+        },
+        "logging": {"run": "run", "every": 1, "wandb": False},
+    }
+    for section, keys in sections.items():
+        raw.setdefault(section, {}).update(keys)
+    return from_dict(raw)
+
+
+def write_tasks(folder: Path, tasks: Iterable[Task]) -> None:
+    """One JSON file a task, as in the official repositories; unknown outputs have no key."""
+
+    def pair(value: Pair) -> dict[str, Any]:
+        names = ("input", "output")
+        return {name: grid.tolist() for name, grid in zip(names, value.grids, strict=False)}
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for task in tasks:
+        text = {"train": [pair(p) for p in task.train], "test": [pair(p) for p in task.test]}
+        (folder / f"{task.id}.json").write_text(json.dumps(text))
+
+
+def poison(task: Task) -> Task:
+    """The task with garbage for answers, of any shape up to the largest there is."""
+    rng = np.random.default_rng(list(task.id.encode()))
+
+    def garbage(pair: Pair) -> Pair:
+        shape = rng.integers(1, 31, 2)
+        return replace(pair, output=rng.integers(0, 10, shape, dtype=np.uint8))
+
+    return replace(task, test=tuple(garbage(pair) for pair in task.test))
+
+
+def metrics(run_folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without times."""
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    times = ("samples_per_s", "seconds_per_step")
+    return [{k: v for k, v in line.items() if k not in times} for line in lines]
+
+
+class StuckAt:
+    """A `say` that never returns from the first line with `word` in it."""
+
+    def __init__(self, word: str, reached: Event) -> None:
+        self.word, self.reached = word, reached
+
+    def __call__(self, line: str) -> None:
+        if self.word in line:
+            self.reached.set()
+            time.sleep(600)
+
+
+def save_rows(dataset: Path, seed: int, positions: Mapping[str, list[int]], file: Path) -> None:
+    """Rows of a stream as another process makes them, its global generator in another state."""
+    np.random.seed(12345)
+    rows = Stream(Dataset.open(dataset), seed).rows
+    made = {part: rows(np.array(places)) for part, places in positions.items()}
+    np.savez(file, **{f"{part}.{k}": v for part, found in made.items() for k, v in found.items()})
+
+
+def pretrain_as_rank(
+    rank: int, world_size: int, store: Path, config: Config, adamw: bool = False
+) -> None:
+    """One of several training processes that meet over the loopback."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    if adamw:
+        state.AdamAtan2 = ClippedAdamW  # type: ignore[assignment, misc]
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    pretrain(config, ProcessGroupContext(torch.device("cpu")))
+    dist.destroy_process_group()
+
+
+class ClippedAdamW:
+    """AdamW behind a clipped gradient, in the shape of AdamAtan2: unlike it, not scale-free."""
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], *, betas: tuple[float, float], weight_decay: float
+    ) -> None:
+        self.parameters = dict(parameters)
+        self.adamw = torch.optim.AdamW(
+            self.parameters.values(), betas=betas, weight_decay=weight_decay, eps=1e-2
+        )
+        self.t = 0
+        self.m = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        self.v = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+
+    def step(self, lr: float) -> None:
+        for name, parameter in self.parameters.items():
+            assert parameter.grad is not None
+            self.m[name].copy_(parameter.grad)
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), 0.3)
+        self.adamw.param_groups[0]["lr"] = lr
+        self.adamw.step()

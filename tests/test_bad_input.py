@@ -1,0 +1,481 @@
+"""Wrong input through the real mains: one line that names the place, exit code 2, nothing written.
+
+Every case spoils one thing in a copy of a small finished experiment, and runs one main.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers import ASKED, TRAINED, write_tasks
+
+from hybrid.arc import Task
+from hybrid.dataset import store
+
+JOBS = Path(__file__).parents[1] / "jobs"
+EXPERIMENT = """\
+paths: {root: .}
+data: {training: [tasks/training], evaluation: [tasks/evaluation], variants: 2, max_side: 5}
+trm: {hidden_size: 16, num_heads: 2, expansion: 1, L_layers: 1, H_cycles: 1, L_cycles: 1,
+      halt_max_steps: 2, puzzle_emb_ndim: 16, puzzle_emb_len: 1}
+training: {batch_size: 6, steps: 1, probe_pairs: 0}
+cluster: {num_workers: 0}
+logging: {wandb: false}
+"""
+FIRST = TRAINED[0]
+TASK = f"tasks/training/{FIRST}.json"
+DATA = "arc/processed"
+RUN = "runs/exp"
+STEP = f"{RUN}/checkpoints/step_00000001"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, arc1: dict[str, Task]) -> Path:
+    """exp.yaml and its tasks, dataset and run of one step, with relative paths throughout."""
+    root = tmp_path_factory.mktemp("finished")
+    write_tasks(root / "tasks/training", [arc1[task] for task in TRAINED])
+    write_tasks(root / "tasks/evaluation", [arc1[task] for task in ASKED])
+    (root / "exp.yaml").write_text(EXPERIMENT)
+    for job in ("prepare", "pretrain"):
+        assert run_main(root, job).returncode == 0
+    return root
+
+
+@pytest.fixture
+def root(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the finished experiment, and the working folder."""
+    copy = tmp_path / "root"
+    shutil.copytree(finished, copy)
+    monkeypatch.chdir(copy)
+    return copy
+
+
+def run_main(root: Path, job: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A main as a user runs it."""
+    command = [sys.executable, str(JOBS / f"{job}.py"), "--config", "exp.yaml", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+
+
+def tree(root: Path) -> dict[str, bytes | None]:
+    """Every file with its bytes, every folder."""
+    return {
+        str(path.relative_to(root)): path.read_bytes() if path.is_file() else None
+        for path in root.rglob("*")
+    }
+
+
+Spoil = Callable[[Path], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    job: str
+    says: tuple[str, ...]
+    """What the line must name."""
+    spoil: Spoil | None = None
+    arguments: tuple[str, ...] = ()
+
+
+def write(place: str, content: str | bytes) -> Spoil:
+    def spoil(root: Path) -> None:
+        path = root / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+    return spoil
+
+
+def remove(place: str) -> Spoil:
+    return lambda root: (root / place).unlink()
+
+
+def truncate(place: str) -> Spoil:
+    return lambda root: os.truncate(root / place, (root / place).stat().st_size // 2)
+
+
+def flip_bit(place: str) -> Spoil:
+    def spoil(root: Path) -> None:
+        content = bytearray((root / place).read_bytes())
+        content[len(content) // 2] ^= 1
+        (root / place).write_bytes(content)
+
+    return spoil
+
+
+def edit(place: str, change: Callable[[Any], object]) -> Spoil:
+    """Change the JSON in a file; `change` returns what to write, or None if it did it in place."""
+
+    def spoil(root: Path) -> None:
+        value = json.loads((root / place).read_text())
+        changed = change(value)
+        (root / place).write_text(json.dumps(value if changed is None else changed))
+
+    return spoil
+
+
+def other_table(root: Path) -> None:
+    """A table of another schema in a dataset that is otherwise sealed as it should be."""
+    path = root / DATA / "variants.parquet"
+    pq.write_table(pa.table({"task": [1, 2]}), path)
+    meta = store.read_meta(root / DATA)
+    meta["files"][path.name] = store.digest(path)
+    store.write_meta(root / DATA, meta)
+
+
+def task_file(*says: str, change: Callable[[Any], object]) -> Case:
+    return Case(job="prepare", says=(TASK, FIRST, *says), spoil=edit(TASK, change))
+
+
+def broken_file(content: str | bytes, *says: str) -> Case:
+    return Case(job="prepare", says=(TASK, *says), spoil=write(TASK, content))
+
+
+TASK_FILES = {
+    "ragged": task_file(
+        "train[0].input", "ragged", "row 1", change=lambda t: t["train"][0]["input"][1].append(0)
+    ),
+    "no rows": task_file("test[0].output", change=lambda t: t["test"][0].update(output=[])),
+    "an empty row": task_file(
+        "train[1].input", "row 0", change=lambda t: t["train"][1].update(input=[[], []])
+    ),
+    "value 10": task_file(
+        "train[0].output", "row 0", "10", change=lambda t: t["train"][0].update(output=[[1, 10]])
+    ),
+    "value -1": task_file(
+        "train[0].output", "-1", change=lambda t: t["train"][0].update(output=[[-1]])
+    ),
+    "string cell": task_file(
+        "train[0].input", "'3'", change=lambda t: t["train"][0].update(input=[["3"]])
+    ),
+    "float cell": task_file(
+        "train[0].input", "1.0", change=lambda t: t["train"][0].update(input=[[1.0]])
+    ),
+    "true as a cell": task_file(
+        "train[0].input", "True", change=lambda t: t["train"][0].update(input=[[True]])
+    ),
+    "31 rows": task_file(
+        "train[0].input", "31 rows", change=lambda t: t["train"][0].update(input=[[0]] * 31)
+    ),
+    "a grid that is a string": task_file(
+        "test[0].input", change=lambda t: t["test"][0].update(input="0")
+    ),
+    "no key test": task_file("missing key 'test'", change=lambda t: t.pop("test") and None),
+    "no key train": task_file("missing key 'train'", change=lambda t: t.pop("train") and None),
+    "no demonstrations": task_file("train", "no demonstr", change=lambda t: t.update(train=[])),
+    "no tests": task_file("test", "no tests", change=lambda t: t.update(test=[])),
+    "a demonstration without output": task_file(
+        "train[0]", "'output'", change=lambda t: t["train"][0].pop("output") and None
+    ),
+    "a pair without input": task_file(
+        "test[0]", "'input'", change=lambda t: t["test"][0].pop("input") and None
+    ),
+    "a pair that is a list": task_file("train[0]", change=lambda t: t.update(train=[[1]])),
+    "demonstrations that are an object": task_file("train", change=lambda t: t.update(train={})),
+    "a list": task_file("expected a JSON object", change=lambda t: [t]),
+    "null": broken_file("null", FIRST),
+    "truncated": Case(job="prepare", says=(TASK, "line 1"), spoil=truncate(TASK)),
+    "binary": broken_file(b"\x93NUMPY\xff\x00\x01", "not a JSON text file"),
+    "nothing in it": broken_file("", "not valid JSON"),
+    "nested without end": broken_file("[" * 100_000),
+    "NaN": broken_file('{"train": [{"input": [[NaN]]}]}', FIRST),
+    "one key twice": broken_file('{"train": 1, "train": 2}', "'train' appears twice"),
+}
+
+KAGGLE = "data.training=[k/x_challenges.json]"
+
+
+def kaggle(says: str, challenges: Callable[[Any], object], answers: str | None = None) -> Case:
+    """A challenges file of one task, and perhaps a solutions file."""
+
+    def spoil(root: Path) -> None:
+        value = {FIRST: json.loads((root / TASK).read_text())}
+        write("k/x_challenges.json", json.dumps(challenges(value) or value))(root)
+        if answers is not None:
+            write("k/x_solutions.json", answers)(root)
+
+    return Case(job="prepare", says=("k/x_", says), spoil=spoil, arguments=(KAGGLE,))
+
+
+SOURCES = {
+    "unknown source": Case(
+        job="prepare",
+        says=("'arc1-trainig'", "did you mean 'arc1-training'?"),
+        arguments=("data.training=[arc1-trainig]",),
+    ),
+    "folder without tasks": Case(
+        job="prepare", says=("tasks:", "no task files"), arguments=("data.training=[tasks]",)
+    ),
+    "one id for two tasks": Case(
+        job="prepare",
+        says=("more", f"task {FIRST} differs", "tasks/training"),
+        spoil=lambda root: (
+            shutil.copytree(root / "tasks/evaluation", root / "more")
+            and shutil.move(root / f"more/{ASKED[0]}.json", root / f"more/{FIRST}.json")
+        ),
+        arguments=("data.training=[tasks/training, more]", "data.evaluation=[]"),
+    ),
+    "a task to train on and to be asked": Case(
+        job="prepare",
+        says=("data.training", FIRST, "data.on_overlap=drop"),
+        arguments=("data.evaluation=[tasks/training]",),
+    ),
+    "no task fits": Case(job="prepare", says=("data.max_side=1",), arguments=("data.max_side=1",)),
+    "an id with a slash": kaggle("'a/b'", lambda tasks: {"a/b": tasks[FIRST]}),
+    "no tasks": kaggle("holds no tasks", lambda tasks: tasks.clear()),
+    "no answer": kaggle(f"{FIRST}': no answers", lambda tasks: None, "{}"),
+    "too few answers": kaggle("0 answers for", lambda tasks: None, f'{{"{FIRST}": []}}'),
+    "an answer to nothing": kaggle(
+        "'x' is not among", lambda tasks: None, f'{{"{FIRST}": [[[1]]], "x": []}}'
+    ),
+    "another answer": kaggle("test[0]: contradicts", lambda tasks: None, f'{{"{FIRST}": [[[1]]]}}'),
+}
+
+
+def exp(text: str | bytes, *says: str) -> Case:
+    return Case(job="pretrain", says=("exp.yaml", *says), spoil=write("exp.yaml", text))
+
+
+def override(text: str, *says: str, job: str = "pretrain") -> Case:
+    return Case(job=job, says=says or (text.partition("=")[0],), arguments=(text,))
+
+
+CONFIGS = {
+    "not YAML": exp("a: [", "not YAML", "line 1"),
+    "a tab": exp("trm:\n\thidden_size: 1", "line 2"),
+    "a list": exp("[trm]", "list"),
+    "a word": exp("trm", "str"),
+    "binary config": exp(b"\x80\x00\xff", "cannot be read"),
+    "unknown section": exp("trms: {}", "trms", "did you mean trm?"),
+    "unknown key": exp("trm: {hidden: 8}", "trm.hidden", "did you mean trm.hidden_size?"),
+    "a section that is a number": exp("training: 5", "training: must be a section"),
+    "wrong type": exp("training: {lr: fast}", "training.lr", "'fast'"),
+    "out of range": exp("data: {max_side: 31}", "data.max_side", "31"),
+    "two training lengths": exp("training: {steps: 1, epochs: 1}", "training.epochs and steps"),
+    "derived key": exp("trm: {seq_len: 9}", "trm.seq_len", "data.max_side"),
+    "a key twice": exp("trm: {}\ntrm: {}", "trm is there twice", "line 2"),
+    "several": exp("trm: {num_heads: 0, x: 1}\ndata: {seed: -1}", "num_heads", "trm.x", "seed"),
+    "odd width": exp("trm: {hidden_size: 6, num_heads: 4}", "trm.hidden_size 6"),
+    "no such config": Case(
+        job="pretrain", says=("nowhere.yaml",), arguments=("--config", "nowhere.yaml")
+    ),
+    "a folder for a config": Case(job="pretrain", says=("tasks",), arguments=("--config", "tasks")),
+    "no section": override("lr=1", "'lr=1' is not section.key=value"),
+    "no value": override("training.lr", "'training.lr' is not section.key=value"),
+    "no YAML": override("training.lr={"),
+    "a number that is not": override("training.seed=1.5", "training.seed", "1.5"),
+    "not finite": override("training.lr=.inf"),
+    "yes for a number": override("training.seed=yes"),
+    "a run elsewhere": override("logging.run=../x"),
+    "unknown option": override("--dryrun", "--dryrun"),
+}
+
+OUTPUTS = {
+    "dataset below a file": override("paths.data=exp.yaml/data", "exp.yaml", job="prepare"),
+    "dataset is a file": override("paths.data=exp.yaml", "exp.yaml", job="prepare"),
+    "dataset is something else": override("paths.data=tasks", "tasks: holds", job="prepare"),
+    "dataset in /proc": override("paths.data=/proc/nowhere/x", "/proc/nowhere", job="prepare"),
+    "run below a file": override("paths.runs=exp.yaml", "exp.yaml/exp"),
+    "run is a file": Case(
+        job="pretrain",
+        says=("runs/taken",),
+        spoil=write("runs/taken", ""),
+        arguments=("logging.run=taken",),
+    ),
+    "evaluation is a file": Case(
+        job="evaluate", says=(f"{RUN}/evaluation",), spoil=write(f"{RUN}/evaluation", "")
+    ),
+}
+
+
+def dataset(name: str, spoil: Spoil, *says: str, job: str = "pretrain") -> Case:
+    return Case(job=job, says=(f"{DATA}/{name}", *says), spoil=spoil)
+
+
+META, TASKS, VARIANTS = (f"{DATA}/{name}" for name in ("dataset.json", *store.TABLES))
+DATASETS = {
+    "none": override("paths.data=empty", "empty: no dataset here"),
+    "none to be asked": override("paths.data=empty", "empty: no dataset here", job="evaluate"),
+    "dataset.json truncated": dataset("dataset.json", truncate(META), "cannot be read"),
+    "dataset.json a list": dataset("dataset.json", write(META, "[]"), "format"),
+    "dataset.json nested": dataset("dataset.json", write(META, "[" * 100_000), "cannot be read"),
+    "dataset.json of the future": dataset("dataset.json", edit(META, lambda m: m.update(format=9))),
+    "dataset.json edited": dataset(
+        "dataset.json", edit(META, lambda m: m["config"].update(max_side=6)), "changed"
+    ),
+    "dataset.json a folder": dataset(
+        "dataset.json", lambda root: (root / META).unlink() or (root / META).mkdir()
+    ),
+    "tasks flipped": dataset("tasks.parquet", flip_bit(TASKS), "changed"),
+    "tasks truncated": dataset("tasks.parquet", truncate(TASKS), "changed"),
+    "tasks missing": dataset("tasks.parquet", remove(TASKS)),
+    "variants flipped": dataset("variants.parquet", flip_bit(VARIANTS), job="evaluate"),
+    "variants not Parquet": dataset("variants.parquet", write(VARIANTS, "task,dihedral\n")),
+    "variants of another schema": dataset("variants.parquet", other_table, "columns ['task']"),
+}
+
+
+def other_canvas(root: Path) -> None:
+    assert run_main(root, "prepare", "data.max_side=6", "paths.data=six").returncode == 0
+
+
+def other_seed(root: Path) -> None:
+    assert run_main(root, "prepare", "data.seed=1", "paths.data=other").returncode == 0
+
+
+def no_evaluation(root: Path) -> None:
+    assert run_main(root, "prepare", "data.evaluation=[]", "paths.data=none").returncode == 0
+
+
+TRAINING = {
+    "no length": override("training.steps=null", "training.steps or training.epochs"),
+    "a batch nobody can deal out": override(
+        "cluster.num_workers=4", "training.batch_size=6", "4 workers"
+    ),
+    "another model in an old run": override("trm.L_cycles=2", RUN, "trm.L_cycles: 1 -> 2"),
+    "another rate in an old run": override("training.lr=0.5", RUN, "training.lr: 0.0001 -> 0.5"),
+    "other data in an old run": Case(
+        job="pretrain",
+        says=(RUN, "another dataset", "other"),
+        spoil=other_seed,
+        arguments=("paths.data=other",),
+    ),
+    "no whole checkpoint left": Case(
+        job="pretrain",
+        says=(f"{STEP}/model.safetensors",),
+        spoil=flip_bit(f"{STEP}/model.safetensors"),
+    ),
+}
+
+
+def checkpoint(name: str, spoil: Spoil, *says: str) -> Case:
+    """Named on the command line; the newest of the run is the same one."""
+    given = f"evaluation.checkpoint={STEP}"
+    return Case(job="evaluate", says=(f"{STEP}/{name}", *says), spoil=spoil, arguments=(given,))
+
+
+EVALUATION = {
+    "no such checkpoint": override(
+        "evaluation.checkpoint=x/y", "x/y: no checkpoint", job="evaluate"
+    ),
+    "no such run": override("logging.run=other", "runs/other", "no checkpoint", job="evaluate"),
+    "a folder that is none": override("evaluation.checkpoint=tasks", "tasks", job="evaluate"),
+    "state.json missing": Case(
+        job="evaluate",
+        says=(STEP, "state.json is missing"),
+        spoil=remove(f"{STEP}/state.json"),
+    ),
+    "state.json cut": checkpoint("state.json", truncate(f"{STEP}/state.json")),
+    "state.json a list": checkpoint("state.json", write(f"{STEP}/state.json", "[1]")),
+    "state.json nested": checkpoint("state.json", write(f"{STEP}/state.json", "[" * 100_000)),
+    "state.json edited": checkpoint(
+        "state.json", edit(f"{STEP}/state.json", lambda s: s["trm"].update(L_cycles=2)), "damaged"
+    ),
+    "tensors cut": checkpoint("model.safetensors", truncate(f"{STEP}/model.safetensors")),
+    "tensors flipped": checkpoint("average.safetensors", flip_bit(f"{STEP}/average.safetensors")),
+    "tensors missing": checkpoint(
+        "puzzle_table.safetensors", remove(f"{STEP}/puzzle_table.safetensors")
+    ),
+    "trained_on.json edited": checkpoint("trained_on.json", write(f"{STEP}/trained_on.json", "[]")),
+    "newest is damaged and the only one": Case(
+        job="evaluate",
+        says=(f"{STEP}/model.safetensors", "damaged"),
+        spoil=flip_bit(f"{STEP}/model.safetensors"),
+    ),
+    "another canvas": Case(
+        job="evaluate",
+        says=(STEP, "25 cells", "data.max_side=6"),
+        spoil=other_canvas,
+        arguments=("paths.data=six",),
+    ),
+    "nobody to ask": Case(
+        job="evaluate",
+        says=("none", "no evaluation tasks"),
+        spoil=no_evaluation,
+        arguments=("paths.data=none",),
+    ),
+    "more ACT steps than there are": Case(
+        job="evaluate",
+        says=("evaluation.act_steps", "3", "2"),
+        arguments=("evaluation.halt=fixed", "evaluation.act_steps=3"),
+    ),
+    "fixed at nothing": override("evaluation.halt=fixed", "evaluation.act_steps", job="evaluate"),
+}
+
+CASES = {
+    f"{group}: {name}": case
+    for group, cases in {
+        "task": TASK_FILES,
+        "source": SOURCES,
+        "config": CONFIGS,
+        "output": OUTPUTS,
+        "dataset": DATASETS,
+        "training": TRAINING,
+        "evaluation": EVALUATION,
+    }.items()
+    for name, case in cases.items()
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_wrong_input(
+    case: Case, root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if case.spoil:
+        case.spoil(root)
+    before = tree(root)
+    script = str(JOBS / f"{case.job}.py")
+    given = [] if "--config" in case.arguments else ["--config", "exp.yaml"]
+    monkeypatch.setattr(sys, "argv", [script, *given, *case.arguments])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(script, run_name="__main__")
+    line = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert line.startswith("error: ") and line.endswith("\n") and len(line.splitlines()) == 1, line
+    for said in case.says:
+        assert said in line
+    assert tree(root) == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["task: ragged", "output: run is a file", "evaluation: newest is damaged and the only one"],
+)
+def test_wrong_input_as_a_user_sees_it(name: str, root: Path) -> None:
+    """In a process of its own: what other libraries print and log would show here."""
+    case = CASES[name]
+    assert case.spoil
+    case.spoil(root)
+    before = tree(root)
+    done = run_main(root, case.job, *case.arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1, done.stderr
+    assert tree(root) == before
+
+
+def test_without_a_config(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["prepare.py"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(JOBS / "prepare.py"), run_name="__main__")
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: ") and "--config" in line and len(line.splitlines()) == 1
+
+
+def test_the_experiment_itself_is_sound(root: Path) -> None:
+    """Or every case above would fail for a reason of its own."""
+    for job in ("prepare", "pretrain", "evaluate"):
+        done = run_main(root, job, "training.steps=2")
+        assert (done.returncode, done.stderr) == (0, "")

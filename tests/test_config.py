@@ -1,0 +1,376 @@
+"""The config: every problem at once, and what went in comes out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from hybrid.config import DERIVED, Config, differences, dump, from_dict, load, to_dict
+from hybrid.errors import UserError
+
+KEYS = [(section, key) for section, keys in to_dict(Config()).items() for key in keys]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    """write(text) -> a config file of that text."""
+
+    def write(text: str, name: str = "exp.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def problems(raw: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        from_dict(raw)
+    return str(caught.value)
+
+
+def test_defaults_are_the_published_recipe() -> None:
+    config = Config()
+    trm, training = config.trm, config.training
+    assert (trm.hidden_size, trm.num_heads, trm.expansion, trm.L_layers) == (512, 8, 4, 2)
+    assert (trm.H_cycles, trm.L_cycles, trm.halt_max_steps) == (3, 4, 16)
+    assert (trm.halt_exploration_prob, trm.puzzle_emb_ndim, trm.puzzle_emb_len) == (0.1, 512, 16)
+    assert (training.batch_size, training.lr, training.puzzle_lr) == (768, 1e-4, 1e-2)
+    assert (training.weight_decay, training.puzzle_weight_decay) == (0.1, 0.1)
+    assert (training.lr_warmup_steps, training.lr_min_ratio, training.ema_rate) == (2000, 1, 0.999)
+    assert (config.data.variants, config.data.max_side) == (1000, 30)
+    assert config.evaluation.halt == "published"
+
+
+def test_every_problem_is_named_in_one_pass(write: Any) -> None:
+    path = write(
+        """
+        paths: {roots: here}
+        data: {training: arc1-training, evaluation: [1], on_overlap: fail}
+        trm: {hidden_size: wide, num_heads: 0, seq_len: 5, L_cycle: 4, mlp_t: perhaps}
+        training: {lr: [1], steps: 0, epochs: .inf, batch_size: true, weight_decay: .nan}
+        evaluation: {halt: fixed, limit: 0}
+        clusters: {num_workers: 1}
+        logging: loud
+        """
+    )
+    with pytest.raises(UserError) as caught:
+        load(path, ["lr=1", "paths.root={", "training.seed=-1", "cluster.num_workers=-2"])
+    said = str(caught.value).removeprefix(f"{path}: ").split("; ")
+    assert sorted(said) == sorted(
+        [
+            "override 'lr=1' is not section.key=value",
+            "override 'paths.root={': the value is not YAML",
+            "paths.roots: unknown key, did you mean paths.root?",
+            "data.training: input should be a valid list, got 'arc1-training'",
+            "data.evaluation.0: input should be a valid string, got 1",
+            "data.on_overlap: input should be 'refuse' or 'drop', got 'fail'",
+            "trm.hidden_size: input should be a valid integer, unable to parse string as an"
+            " integer, got 'wide'",
+            "trm.num_heads must be at least 1, got 0",
+            "trm.seq_len: follows from data.max_side and cannot be set",
+            "trm.L_cycle: unknown key, did you mean trm.L_cycles?",
+            "trm.mlp_t: input should be a valid boolean, unable to interpret input, got 'perhaps'",
+            "training.lr: input should be a valid number, got [1]",
+            "training.steps must be at least 1, got 0",
+            "training.epochs must be at most 1e+12, got inf",
+            "training.epochs and steps are both given: give one",
+            "training.batch_size: must not be a truth value, got True",
+            "training.weight_decay must be at least 0, got nan",
+            "training.seed must be at least 0, got -1",
+            "evaluation.limit must be at least 1, got 0",
+            "evaluation.act_steps goes with halt=fixed, and only with it",
+            "clusters: unknown key, did you mean cluster?",
+            "cluster.num_workers must be at least 0, got -2",
+            "logging: must be a section of keys, got 'loud'",
+        ]
+    )
+
+
+@pytest.mark.parametrize(("section", "key"), KEYS)
+def test_a_wrong_value_is_named_by_its_dotted_path(section: str, key: str) -> None:
+    said = problems({section: {key: {"a": "mapping"}}})
+    assert said.startswith(f"config: {section}.{key}") and said.endswith("got {'a': 'mapping'}")
+
+
+@pytest.mark.parametrize(("section", "key"), [key for key in KEYS if len(key[1]) > 3])
+def test_a_misspelt_key_is_answered_with_the_right_one(section: str, key: str) -> None:
+    wrong = key[:2] + "x" + key[2:]
+    said = problems({section: {wrong: 1}})
+    assert said == f"config: {section}.{wrong}: unknown key, did you mean {section}.{key}?"
+
+
+def test_a_wrong_type_hides_no_range_and_invents_no_problem() -> None:
+    said = problems({"evaluation": {"act_steps": "few", "halt": "fixed", "limit": 0}})
+    assert "limit must be at least 1" in said
+    assert "goes with halt=fixed" not in said, "act_steps was given, only not as a number"
+
+
+@pytest.mark.parametrize("dotted", DERIVED)
+def test_what_the_data_decides_cannot_be_set(dotted: str) -> None:
+    section, key = dotted.split(".")
+    assert "cannot be set" in problems({section: {key: 1}})
+    assert key not in to_dict(Config())[section]
+    # Nor is it offered to somebody who looks for a key.
+    assert key not in problems({section: {"?": 1}})
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("training.lr=1e-4", 1e-4),
+        ("training.lr=1", 1.0),
+        ("training.lr=.5", 0.5),
+        ("training.batch_size=12", 12),
+        ("training.epochs=null", None),
+        ("training.epochs=", None),
+        ("training.epochs=2.5", 2.5),
+        ("cluster.use_gpu=true", True),
+        ("logging.wandb=off", False),
+        ("data.training=[a, 'b c']", ("a", "b c")),
+        ("data.training=[]", ()),
+        ("evaluation.checkpoint=runs/x=y", "runs/x=y"),
+        ("evaluation.halt=confident", "confident"),
+        ("trm.mlp_t=yes", True),
+    ],
+)
+def test_overrides_have_the_type_of_their_key(write: Any, override: str, value: Any) -> None:
+    section, _, key = override.partition("=")[0].partition(".")
+    found = getattr(getattr(load(write("training: {epochs: 7}"), [override]), section), key)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("text", ["", "training:", "training: {}", "training: {lr: 9}", "{}"])
+def test_overrides_stand_above_the_file_and_the_last_one_wins(write: Any, text: str) -> None:
+    config = load(write(text), ["training.lr=1", "training.seed=3", "training.lr=2"])
+    assert (config.training.lr, config.training.seed) == (2.0, 3)
+
+
+def test_a_key_written_twice_is_refused(write: Any) -> None:
+    with pytest.raises(UserError, match=r"training is there twice.*line 3"):
+        load(write("training: {lr: 1}\ntrm: {}\ntraining: {seed: 1}\n"))
+
+
+def test_nothing_can_be_changed_afterwards() -> None:
+    config = Config()
+    for section in fields(Config):
+        part = getattr(config, section.name)
+        for key in fields(part):
+            with pytest.raises(FrozenInstanceError):
+                setattr(part, key.name, getattr(part, key.name))
+    with pytest.raises(FrozenInstanceError):
+        config.trm = config.trm  # type: ignore[misc]
+
+
+def test_paths_are_absolute_and_hang_from_root(
+    write: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    config = load(write("paths: {root: here}"))
+    assert config.paths.root == str(tmp_path / "here")
+    assert config.data_folder == tmp_path / "here/arc/processed"
+    assert config.run_folder == tmp_path / "here/runs/exp"
+    assert load(write("")).paths.root == "/data"
+    assert load(write("paths: {root: ~/arc}")).paths.root == "/home/somebody/arc"
+    apart = load(write("paths: {root: /a, data: d, runs: ~/r}"))
+    assert apart.data_folder == tmp_path / "d"
+    assert apart.run_folder == Path("/home/somebody/r/exp")
+
+
+def test_a_run_is_called_after_its_file_unless_it_has_a_name(write: Any) -> None:
+    assert load(write("", "trm_arc9.yaml")).logging.run == "trm_arc9"
+    assert load(write("logging: {run: mine}", "trm_arc9.yaml")).logging.run == "mine"
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", ".", "/", "../a", "a\0b"])
+def test_a_run_stays_in_its_folder(name: str) -> None:
+    assert "logging.run must be a plain name" in problems({"logging": {"run": name}})
+
+
+def test_differences_are_named() -> None:
+    old, new = (
+        to_dict(Config()),
+        to_dict(from_dict({"training": {"lr": 2}, "trm": {"mlp_t": True}})),
+    )
+    assert differences(old, new, ["training", "trm"]) == [
+        "training.lr: 0.0001 -> 2.0",
+        "trm.mlp_t: False -> True",
+    ]
+    assert differences(old, new, ["data"]) == []
+    del old["training"]["lr"]
+    assert differences(old, new, ["training"]) == ["training.lr: None -> 2.0"]
+
+
+NAMES = st.text(max_size=8)
+COUNTS = st.integers(1, 10**12)
+POSITIVE = st.floats(0, 1e300)
+SHARES = st.floats(0, 1)
+
+
+def maybe(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.none() | values
+
+
+def some_of(**keys: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries({}, optional=keys)
+
+
+SIZES = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9)).map(
+    lambda n: {
+        "num_heads": n[0],
+        "hidden_size": 2 * n[0] * n[1],
+        "puzzle_emb_ndim": n[0] * n[2],
+        "puzzle_emb_len": n[2],
+    }
+)
+VALID = {
+    "paths": some_of(root=NAMES, data=maybe(NAMES), runs=maybe(NAMES)),
+    "data": some_of(
+        training=st.lists(NAMES, min_size=1),
+        evaluation=st.lists(NAMES),
+        variants=st.integers(0, 10**6),
+        max_side=st.integers(1, 30),
+        on_overlap=st.sampled_from(["refuse", "drop"]),
+        seed=st.integers(0, 2**63),
+    ),
+    "trm": st.builds(
+        dict.__or__,
+        SIZES,
+        some_of(
+            expansion=st.floats(1e-6, 1e6),
+            L_layers=COUNTS,
+            H_cycles=COUNTS,
+            L_cycles=COUNTS,
+            halt_max_steps=COUNTS,
+            halt_exploration_prob=SHARES,
+            pos_encodings=st.sampled_from(["rope", "learned", "none"]),
+            rope_theta=st.floats(1, 1e9),
+            rms_norm_eps=SHARES,
+            mlp_t=st.booleans(),
+            forward_dtype=st.sampled_from(["auto", "float32", "bfloat16", "float64"]),
+        ),
+    ),
+    "training": st.builds(
+        dict.__or__,
+        some_of(steps=COUNTS) | some_of(epochs=st.floats(0, 1e12)),
+        some_of(
+            batch_size=COUNTS,
+            lr=POSITIVE,
+            puzzle_lr=POSITIVE,
+            weight_decay=POSITIVE,
+            puzzle_weight_decay=POSITIVE,
+            beta1=st.floats(0, 0.999),
+            beta2=st.floats(0, 0.999),
+            lr_warmup_steps=COUNTS,
+            lr_min_ratio=SHARES,
+            ema_rate=st.floats(0, 0.9999),
+            seed=st.integers(0, 2**63),
+            save_every=COUNTS,
+            keep_checkpoints=COUNTS,
+            probe_pairs=COUNTS,
+        ),
+    ),
+    "evaluation": st.builds(
+        dict.__or__,
+        some_of(halt=st.sampled_from(["published", "confident"]), act_steps=st.none())
+        | st.fixed_dictionaries({"halt": st.just("fixed"), "act_steps": COUNTS}),
+        some_of(
+            checkpoint=maybe(NAMES), variants=maybe(COUNTS), batch_size=COUNTS, limit=maybe(COUNTS)
+        ),
+    ),
+    "cluster": some_of(
+        num_workers=st.integers(0, 99),
+        use_gpu=st.booleans(),
+        cpus_per_worker=st.floats(0.01, 99),
+        max_failures=st.integers(-1, 99),
+    ),
+    "logging": some_of(
+        run=st.text("abc.-_ é", max_size=8).filter(lambda name: name not in (".", "..")),
+        every=COUNTS,
+        wandb=st.booleans(),
+    ),
+}
+
+
+def test_what_went_in_comes_out() -> None:
+    seen: set[tuple[str, str]] = set()
+
+    @settings(max_examples=100, deadline=None)
+    @given(raw=some_of(**VALID))
+    def round_trip(raw: dict[str, Any]) -> None:
+        seen.update((section, key) for section, keys in raw.items() for key in keys)
+        config = from_dict(raw)
+        assert from_dict(to_dict(config)) == config
+        assert from_dict(yaml.safe_load(dump(config))) == config
+        # As it goes into state.json.
+        assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+        for section, keys in raw.items():
+            if section != "paths":
+                found = to_dict(config)[section]
+                assert {key: found[key] for key in keys} == keys
+
+    round_trip()
+    assert seen == set(KEYS), "a key is not among VALID"
+
+
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.binary(max_size=4)
+    | st.sampled_from([key for _, key in KEYS])
+)
+JUNK = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(SCALARS, inner, max_size=3),
+    max_leaves=6,
+)
+SECTIONS = st.sampled_from([*VALID, "trms"])
+JUNK_KEYS = st.sampled_from([key for _, key in KEYS]) | SCALARS
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    raw=st.dictionaries(SCALARS | SECTIONS, JUNK, max_size=3)
+    | st.dictionaries(SECTIONS, st.dictionaries(JUNK_KEYS, JUNK, max_size=4), max_size=3)
+)
+@example(raw={"paths": {"root": "~nobody\n"}})
+@example(raw={"paths\n": 1})
+@example(raw={"training": {"steps": 10**400}})
+@example(raw={"logging": {"run": "a\u2028b/"}})
+def test_junk_is_refused_in_one_line_and_never_crashes(raw: dict[Any, Any]) -> None:
+    try:
+        from_dict(raw)
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1
+        assert str(error).startswith("config: ")
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text() | st.text("abc:-{}[]!&*'\"\n 01.x_,?|>%@~<", max_size=30), value=st.text())
+@example(text="!!int ''", value="!!bool x")
+@example(text="!!timestamp x", value="0x_")
+@example(text="[" * 3000, value="{" * 3000)
+@example(text="&a [*a]", value="1" * 5000)
+@example(text="? [a]\n: b", value="2001-99-99")
+@example(text="1: 2", value="\0")
+def test_any_text_for_a_file_or_a_value_is_answered_in_one_line(
+    tmp_path_factory: pytest.TempPathFactory, text: str, value: str
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "junk.yaml"
+    path.write_bytes(text.encode(errors="surrogatepass"))
+    try:
+        load(path, [f"training.lr={value}", value])
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1
+        assert str(error).startswith(f"{path}: ")
