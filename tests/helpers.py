@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hybrid import checkpoint
 from hybrid.arc import Pair, Task
 from hybrid.config import Config, from_dict
 from hybrid.context import ProcessGroupContext
@@ -51,8 +52,8 @@ def config_of(root: Path, **sections: dict[str, Any]) -> Config:
         "training": {
             "batch_size": 6,
             "steps": 4,
-            "lr": 1e-3,
-            "puzzle_lr": 1e-2,
+            "lr": 1e-4,
+            "puzzle_lr": 1e-3,
             "lr_warmup_steps": 2,
             "ema_rate": 0.9,
             "save_every": 2,
@@ -150,3 +151,34 @@ class ClippedAdamW:
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), 0.3)
         self.adamw.param_groups[0]["lr"] = lr
         self.adamw.step()
+
+
+def stop_in_seal(partial: Path, folder: Path, reached: Event) -> None:
+    """Seal a checkpoint, but never get past the moment before the rename."""
+
+    def stuck(source: Path, target: Path) -> None:
+        reached.set()
+        time.sleep(600)
+
+    os.replace = stuck  # type: ignore[assignment]
+    checkpoint.seal(partial, folder, {"step": 4}, {"config.yaml": "a: 1\n"})
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    """Write a checkpoint again, `change` applied to the model's tensors and to their average."""
+    whole, partial = checkpoint.read(folder), folder.with_suffix(".partial")
+    for path in whole.files(""):
+        tensors = whole.tensors(path.stem)
+        if path.stem in ("model", "average"):
+            change(tensors)
+        checkpoint.write_tensors(partial, path.stem, tensors)
+    texts = {name: (folder / name).read_text() for name in ("config.yaml", "trained_on.json")}
+    described = {k: v for k, v in whole.state.items() if k not in ("format", "files")}
+    checkpoint.seal(partial, folder, described, texts)
+
+
+def undecided(tensors: dict[str, Tensor]) -> None:
+    """Give a model a halt head that stops some rows early: a new one stops none."""
+    generator = torch.Generator().manual_seed(11)  # of the first dozen the one that mixes best
+    tensors["q_head.weight"].normal_(generator=generator)
+    tensors["q_head.bias"].zero_()

@@ -5,13 +5,14 @@ Every case spoils one thing in a copy of a small finished experiment, and runs o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, arc1: dict[str, Task]) ->
     write_tasks(root / "tasks/training", [arc1[task] for task in TRAINED])
     write_tasks(root / "tasks/evaluation", [arc1[task] for task in ASKED])
     (root / "exp.yaml").write_text(EXPERIMENT)
-    for job in ("prepare", "pretrain"):
-        assert run_main(root, job).returncode == 0
+    with contextlib.chdir(root):
+        assert [call("prepare"), call("pretrain")] == [0, 0]
     return root
 
 
@@ -62,11 +63,18 @@ def root(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return copy
 
 
-def run_main(root: Path, job: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A main as a user runs it."""
-    command = [sys.executable, str(JOBS / f"{job}.py"), "--config", "exp.yaml", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+def command_line(job: str, arguments: Sequence[str]) -> list[str]:
+    given = () if "--config" in arguments else ("--config", "exp.yaml")
+    return [str(JOBS / f"{job}.py"), *given, *arguments]
+
+
+def call(job: str, *arguments: str) -> Any:
+    """Run a main in this process; its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", command_line(job, arguments))
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    return stopped.value.code
 
 
 def tree(root: Path) -> dict[str, bytes | None]:
@@ -327,16 +335,13 @@ DATASETS = {
 }
 
 
-def other_canvas(root: Path) -> None:
-    assert run_main(root, "prepare", "data.max_side=6", "paths.data=six").returncode == 0
+def prepared(*overrides: str) -> Spoil:
+    """Another dataset beside the first."""
 
+    def spoil(root: Path) -> None:
+        assert call("prepare", *overrides) == 0
 
-def other_seed(root: Path) -> None:
-    assert run_main(root, "prepare", "data.seed=1", "paths.data=other").returncode == 0
-
-
-def no_evaluation(root: Path) -> None:
-    assert run_main(root, "prepare", "data.evaluation=[]", "paths.data=none").returncode == 0
+    return spoil
 
 
 TRAINING = {
@@ -349,7 +354,7 @@ TRAINING = {
     "other data in an old run": Case(
         job="pretrain",
         says=(RUN, "another dataset", "other"),
-        spoil=other_seed,
+        spoil=prepared("data.seed=1", "paths.data=other"),
         arguments=("paths.data=other",),
     ),
     "no whole checkpoint left": Case(
@@ -397,13 +402,13 @@ EVALUATION = {
     "another canvas": Case(
         job="evaluate",
         says=(STEP, "25 cells", "data.max_side=6"),
-        spoil=other_canvas,
+        spoil=prepared("data.max_side=6", "paths.data=six"),
         arguments=("paths.data=six",),
     ),
     "nobody to ask": Case(
         job="evaluate",
         says=("none", "no evaluation tasks"),
-        spoil=no_evaluation,
+        spoil=prepared("data.evaluation=[]", "paths.data=none"),
         arguments=("paths.data=none",),
     ),
     "more ACT steps than there are": Case(
@@ -430,22 +435,12 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_wrong_input(
-    case: Case, root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_input(case: Case, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if case.spoil:
         case.spoil(root)
     before = tree(root)
-    script = str(JOBS / f"{case.job}.py")
-    given = [] if "--config" in case.arguments else ["--config", "exp.yaml"]
-    monkeypatch.setattr(sys, "argv", [script, *given, *case.arguments])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(script, run_name="__main__")
-    line = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert line.startswith("error: ") and line.endswith("\n") and len(line.splitlines()) == 1, line
-    for said in case.says:
-        assert said in line
+    assert call(case.job, *case.arguments) == 2
+    check_line(capsys.readouterr().err, case.says)
     assert tree(root) == before
 
 
@@ -454,28 +449,36 @@ def test_wrong_input(
     ["task: ragged", "output: run is a file", "evaluation: newest is damaged and the only one"],
 )
 def test_wrong_input_as_a_user_sees_it(name: str, root: Path) -> None:
-    """In a process of its own: what other libraries print and log would show here."""
+    """In a process of its own: what libraries print and log would show here."""
     case = CASES[name]
     assert case.spoil
     case.spoil(root)
     before = tree(root)
-    done = run_main(root, case.job, *case.arguments)
+    command = [sys.executable, *command_line(case.job, case.arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1, done.stderr
+    check_line(done.stderr, case.says)
     assert tree(root) == before
 
 
-def test_without_a_config(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    monkeypatch.setattr(sys, "argv", ["prepare.py"])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(JOBS / "prepare.py"), run_name="__main__")
+def test_without_a_config(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["prepare.py", "training.lr=1"])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(JOBS / "prepare.py"), run_name="__main__")
     assert stopped.value.code == 2
-    line = capsys.readouterr().err
-    assert line.startswith("error: ") and "--config" in line and len(line.splitlines()) == 1
+    check_line(capsys.readouterr().err, ("--config",))
 
 
-def test_the_experiment_itself_is_sound(root: Path) -> None:
-    """Or every case above would fail for a reason of its own."""
-    for job in ("prepare", "pretrain", "evaluate"):
-        done = run_main(root, job, "training.steps=2")
-        assert (done.returncode, done.stderr) == (0, "")
+def test_the_experiment_itself_is_sound(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Or the cases above might fail for a reason of their own."""
+    codes = [call(job, "training.steps=2") for job in ("prepare", "pretrain", "evaluate")]
+    assert codes == [0, 0, 0]
+    assert capsys.readouterr().err == ""
+
+
+def check_line(text: str, says: Sequence[str]) -> None:
+    assert text.startswith("error: ") and text.endswith("\n"), text
+    assert len(text.splitlines()) == 1, text
+    for said in says:
+        assert said in text

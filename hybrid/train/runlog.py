@@ -52,7 +52,7 @@ class RunLog:
         if self._metrics:
             self._metrics.close()
         if self._wandb:
-            self._wandb.finish(exit_code=int(error is not None), quiet=True)
+            self._wandb.finish(exit_code=int(error is not None))
         self._logger.removeHandler(self._handler)
         self._logger.setLevel(logging.NOTSET)
         self._handler.close()

@@ -13,10 +13,10 @@ from helpers import save_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hybrid.arc import DIHEDRAL, PAD, Pair, tokens_to_grid
+from hybrid.arc import PAD, Pair, tokens_to_grid
 from hybrid.config import Config
 from hybrid.dataset import Dataset, Stream, prepare
-from hybrid.dataset.stream import TRANSPOSING, Rows, encode_pair
+from hybrid.dataset.stream import Rows, encode_pair
 
 Start = Callable[..., BaseProcess]
 
@@ -108,11 +108,6 @@ def test_translations_reach_every_place_that_both_grids_fit(dataset: Dataset) ->
                 places[task].add(on_canvas(labels)[:2])
     assert places["d037b0a7"] == {(r, c) for r in range(4) for c in range(4)}
     assert {r for r, _ in places["d631b094"]} == {c for _, c in places["d631b094"]} == {0, 1, 2, 3}
-
-
-def test_which_transforms_swap_height_and_width() -> None:
-    shapes = [transform(np.empty((1, 2))).shape for transform in DIHEDRAL]
-    assert TRANSPOSING.tolist() == [shape == (2, 1) for shape in shapes]
 
 
 def test_variants_and_order_are_drawn_evenly(dataset: Dataset) -> None:

@@ -1,0 +1,52 @@
+"""A run that has begun, whose rows halt at different times."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import ASKED, TRAINED, change_weights, config_of, undecided, write_tasks
+
+from hybrid.arc import Task
+from hybrid.config import Config
+from hybrid.context import LocalContext
+from hybrid.dataset import prepare
+from hybrid.train import Result, pretrain
+
+CPU = LocalContext(torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def begun(tmp_path_factory: pytest.TempPathFactory, arc1: dict[str, Task]) -> Path:
+    """A root with a dataset and the run `begun`: one step taken, its halt head undecided."""
+    root = tmp_path_factory.mktemp("begun")
+    write_tasks(root / "training", [arc1[task] for task in TRAINED])
+    write_tasks(root / "evaluation", [arc1[task] for task in ASKED])
+    config = config_of(root, training={"steps": 1}, logging={"run": "begun"})
+    prepare(config.data, config.data_folder, lambda line: None)
+    change_weights(pretrain(config, CPU).checkpoint, undecided)
+    return root
+
+
+@pytest.fixture
+def going_on(begun: Path, request: pytest.FixtureRequest) -> Callable[..., Config]:
+    """going_on(name, section={key: value}) -> the config of a copy of that run, to be resumed."""
+
+    def copy(name: str, **sections: dict[str, Any]) -> Config:
+        logging = {**sections.pop("logging", {}), "run": f"{request.node.name}-{name}"}
+        config = config_of(begun, **sections, logging=logging)
+        shutil.copytree(begun / "runs" / "begun", config.run_folder)
+        return config
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def train() -> Callable[[Config], Result]:
+    """Pretrain in this process."""
+    return partial(pretrain, context=CPU)

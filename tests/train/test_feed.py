@@ -1,0 +1,107 @@
+"""A halted slot gets its own next row, and nobody else gets or loses one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hybrid.dataset.stream import Rows
+from hybrid.train.feed import Feed
+from hybrid.trm import IGNORE, Carry
+
+SLOTS = 4
+Halting = list[list[bool]]
+halting = st.lists(st.lists(st.booleans(), min_size=SLOTS, max_size=SLOTS), max_size=30)
+
+
+class Rounds:
+    """Rounds whose rows say where they come from, and how many of them were asked for."""
+
+    def __init__(self, first: int = 0) -> None:
+        self.next = first
+
+    def __iter__(self) -> Iterator[Rows]:
+        return self
+
+    def __next__(self) -> Rows:
+        number = self.next
+        self.next += 1
+        slots = np.arange(SLOTS)
+        return {
+            "inputs": np.stack([slots, np.full(SLOTS, number)], axis=1).astype(np.uint8),
+            "labels": np.tile(np.array([0, 5], np.uint8), (SLOTS, 1)),
+            "puzzle_identifiers": (1000 * number + slots).astype(np.int32),
+        }
+
+
+def carry_of(current: dict[str, Tensor], halted: list[bool]) -> Carry:
+    nothing = torch.zeros(SLOTS)
+    return Carry(
+        z_H=nothing, z_L=nothing, steps=nothing, halted=torch.tensor(halted), current=current
+    )
+
+
+def empty() -> dict[str, Tensor]:
+    tokens = torch.zeros(SLOTS, 2, dtype=torch.int32)
+    identifiers = torch.zeros(SLOTS, dtype=torch.int32)
+    return {"inputs": tokens, "labels": tokens.clone(), "puzzle_identifiers": identifiers}
+
+
+@settings(deadline=None, max_examples=60)
+@given(halting, st.integers(0, 30))
+def test_halted_slots_take_their_next_row_whatever_the_others_do(
+    pattern: Halting, interruption: int
+) -> None:
+    """Against counting by hand; the run is interrupted once and resumed from `taken`."""
+    feed = Feed(Rounds(), 0, torch.zeros(SLOTS, dtype=torch.int64))
+    current, expected = empty(), [0] * SLOTS  # rows taken, by slot
+    for step, halted in enumerate([[True] * SLOTS, *pattern]):
+        if step == interruption:
+            first = int(feed.taken.min())
+            feed = Feed(Rounds(first), first, feed.taken.clone())
+        before = {name: value.clone() for name, value in current.items()}
+        batch = feed.refill(carry_of(current, halted))
+        expected = [n + h for n, h in zip(expected, halted, strict=True)]
+        assert feed.taken.tolist() == expected
+        assert batch["inputs"].tolist() == [[slot, expected[slot] - 1] for slot in range(SLOTS)]
+        for name, value in batch.items():
+            assert value.dtype == torch.int32
+            assert torch.equal(current[name], before[name]), "the carry's own rows were changed"
+        current = batch
+
+
+@settings(deadline=None, max_examples=60)
+@given(halting)
+def test_no_more_rounds_are_held_than_slots_are_apart(pattern: Halting) -> None:
+    rounds = Rounds()
+    feed = Feed(rounds, 0, torch.zeros(SLOTS, dtype=torch.int64))
+    current = empty()
+    for halted in [[True] * SLOTS, *pattern]:
+        current = feed.refill(carry_of(current, halted))
+        fastest, slowest = int(feed.taken.max()), int(feed.taken.min())
+        assert len(feed.held) == fastest - slowest
+        assert rounds.next == fastest, "rounds were made that nobody has asked for"
+
+
+def test_padding_is_not_a_label() -> None:
+    feed = Feed(Rounds(), 0, torch.zeros(SLOTS, dtype=torch.int64))
+    batch = feed.refill(carry_of(empty(), [True] * SLOTS))
+    assert batch["labels"].tolist() == [[IGNORE, 5]] * SLOTS
+
+
+def test_a_row_without_labels_is_never_handed_out() -> None:
+    def silent() -> Iterator[Rows]:
+        for rows in Rounds():
+            rows["labels"][2] = 0
+            yield rows
+
+    feed = Feed(silent(), 0, torch.zeros(SLOTS, dtype=torch.int64))
+    feed.refill(carry_of(empty(), [True, True, False, True]))
+    with pytest.raises(AssertionError, match="a training row without labels"):
+        feed.refill(carry_of(empty(), [False, False, True, False]))

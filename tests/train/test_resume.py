@@ -1,0 +1,259 @@
+"""A run that was interrupted is the run that was not, to the last bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import change_weights, config_of, metrics, poison, write_tasks
+from safetensors.torch import load_file
+
+from hybrid.arc import Task
+from hybrid.checkpoint import newest, read
+from hybrid.config import Config
+from hybrid.context import LocalContext
+from hybrid.dataset import prepare
+from hybrid.errors import UserError
+from hybrid.train import Result, pretrain
+
+GoingOn = Callable[..., Config]
+Train = Callable[[Config], Result]
+Start = Callable[..., BaseProcess]
+CPU = LocalContext(torch.device("cpu"))
+
+WRITTEN = {
+    "model.safetensors": "weights, H_init, L_init",
+    "puzzle_table.safetensors": "puzzle table",
+    "average.safetensors": "moving average",
+    "optimizer.safetensors": "moments",
+    "slots_000000_000006.safetensors": "carry and place in the stream",
+    "config.yaml": "config",
+    "trained_on.json": "pairs trained on",
+    "state.json": "the rest",
+}
+
+
+def folders(config: Config) -> dict[int, Path]:
+    found = sorted((config.run_folder / "checkpoints").glob("step_*[0-9]"))
+    return {int(folder.name.removeprefix("step_")): folder for folder in found}
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    assert {path.name for path in one.iterdir()} == WRITTEN.keys()
+    for name, what in WRITTEN.items():
+        if name.endswith(".safetensors"):
+            a, b = load_file(one / name), load_file(other / name)
+            assert a.keys() == b.keys(), name
+            for key in a:
+                assert torch.equal(a[key], b[key]), f"{what}: {key} differs"
+    kept = ("format", "kind", "step", "world_size", "trm", "dataset", "versions")
+    a, b = (read(folder).state for folder in (one, other))
+    assert {key: a[key] for key in kept} == {key: b[key] for key in kept}
+
+
+def without_probes(config: Config) -> list[dict[str, Any]]:
+    return [line for line in metrics(config.run_folder) if "loss" in line]
+
+
+def test_rows_of_the_run_halt_at_different_times(going_on: GoingOn, train: Train) -> None:
+    """Else the tests below would not see a carry or a place in the stream that is lost."""
+    config = going_on("a", training={"steps": 8, "save_every": 1})
+    train(config)
+    for step in (3, 4, 8):
+        slots = load_file(folders(config)[step] / "slots_000000_000006.safetensors")
+        assert len(set(slots["taken"].tolist())) > 1, step
+        assert slots["halted"].any() and not slots["halted"].all(), step
+
+
+def test_four_steps_are_two_and_a_new_process_and_two(
+    going_on: GoingOn, train: Train, start: Start
+) -> None:
+    whole = going_on("whole", training={"steps": 5, "save_every": 100})
+    train(whole)
+    for steps in (3, 5):
+        halves = config_of(
+            Path(whole.paths.root),
+            training={"steps": steps, "save_every": 100},
+            logging={"run": "halves"},
+        )
+        if steps == 3:
+            shutil.copytree(whole.run_folder.parent / "begun", halves.run_folder)
+        process = start(pretrain, halves, CPU)
+        process.join()
+        assert process.exitcode == 0
+    assert list(folders(halves)) == [1, 3, 5]
+    assert_same_bits(folders(whole)[5], folders(halves)[5])
+    assert without_probes(halves) == without_probes(whole)
+    probes = [line for line in metrics(halves.run_folder) if "loss" not in line]
+    assert [line["step"] for line in probes] == [0, 1, 3, 5]
+
+
+def test_from_every_checkpoint_the_rest_is_the_same(going_on: GoingOn, train: Train) -> None:
+    """Saved at steps that `logging.every` does not divide: no line may change for it."""
+    sections = {"training": {"steps": 8, "save_every": 3}, "logging": {"every": 4}}
+    whole = going_on("whole", **sections)
+    train(whole)
+    assert list(folders(whole)) == [1, 3, 6, 8]
+    for last in (1, 3, 6):
+        again = going_on(f"from-{last}", **sections)
+        shutil.rmtree(again.run_folder)
+        shutil.copytree(whole.run_folder, again.run_folder)
+        for step, folder in folders(again).items():
+            if step > last:
+                shutil.rmtree(folder)
+        train(again)
+        for step in (3, 6, 8):
+            assert_same_bits(folders(whole)[step], folders(again)[step])
+        assert metrics(again.run_folder) == metrics(whole.run_folder)
+
+
+def test_killed_at_any_moment_it_ends_as_if_undisturbed(
+    going_on: GoingOn, train: Train, start: Start
+) -> None:
+    sections = {"training": {"steps": 100, "save_every": 3}, "logging": {"every": 2}}
+    whole, killed = going_on("whole", **sections), going_on("killed", **sections)
+    train(whole)
+    delays: list[float] = []
+    while len(delays) < 3:
+        seen = len(folders(killed))
+        process = start(pretrain, killed, CPU)
+        while process.is_alive() and len(folders(killed)) == seen:
+            time.sleep(0.002)
+        delays.append(random.uniform(0, 0.1))
+        time.sleep(delays[-1])
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    assert max(folders(killed)) < 100, f"it was done before it was killed, {delays}"
+    train(killed)
+    assert_same_bits(folders(whole)[100], folders(killed)[100])
+    assert metrics(killed.run_folder) == metrics(whole.run_folder), delays
+    assert not list(killed.run_folder.glob("checkpoints/*.partial"))
+
+
+def test_a_step_has_one_line_of_each_kind_whatever_happened(
+    going_on: GoingOn, train: Train
+) -> None:
+    """Also when a run dies before its first checkpoint and starts afresh, in a torn line."""
+    config = going_on("a", training={"steps": 5})
+    shutil.rmtree(config.run_folder)
+    train(config)
+    first = metrics(config.run_folder)
+    shutil.rmtree(config.run_folder / "checkpoints")
+    with (config.run_folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    train(config)
+    assert metrics(config.run_folder) == first
+    counts = Counter((line["step"], "loss" in line) for line in first)
+    assert set(counts.values()) == {1}
+    assert [line["step"] for line in first if "loss" in line] == [1, 2, 3, 4, 5]
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(going_on: GoingOn, train: Train) -> None:
+    """And with one checkpoint kept, what replaces it is not thrown away for it."""
+    whole, config = (going_on(name, training={"steps": 7}) for name in ("whole", "damaged"))
+    train(whole)
+    train(config)
+    path = folders(config)[7] / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    stopping = config_of(
+        Path(config.paths.root),
+        training={"steps": 6, "keep_checkpoints": 1},
+        logging={"run": config.logging.run},
+    )
+    shutil.rmtree(folders(config)[6])
+    assert train(stopping).step == 6
+    assert list(folders(config)) == [6]
+    train(config)
+    assert_same_bits(folders(whole)[7], folders(config)[7])
+    assert without_probes(config) == without_probes(whole)
+
+
+def test_a_partial_checkpoint_is_ignored_and_removed(going_on: GoingOn, train: Train) -> None:
+    config = going_on("a", training={"steps": 2})
+    checkpoints = config.run_folder / "checkpoints"
+    shutil.copytree(checkpoints / "step_00000001", checkpoints / "step_00000009.partial")
+    assert train(config).step == 2
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["step_00000001", "step_00000002"]
+
+
+def test_a_changed_key_is_named_with_both_values(going_on: GoingOn, train: Train) -> None:
+    config = going_on("a", trm={"hidden_size": 16, "puzzle_emb_ndim": 16}, training={"lr": 0.002})
+    with pytest.raises(UserError) as error:
+        train(config)
+    for part in (config.logging.run, "trm.hidden_size: 32 -> 16", "training.lr: 0.0001 -> 0.002"):
+        assert part in str(error.value)
+    assert "training.steps" not in str(error.value), "more steps are allowed"
+    assert list(folders(config)) == [1]
+
+
+def test_another_dataset_is_refused(going_on: GoingOn, train: Train, tmp_path: Path) -> None:
+    config = going_on("a", data={"seed": 1}, paths={"data": str(tmp_path / "other")})
+    prepare(config.data, config.data_folder, lambda line: None)
+    with pytest.raises(UserError, match=r"holds a run on another dataset than .*other"):
+        train(config)
+
+
+def test_other_answers_are_the_same_dataset(
+    begun: Path, going_on: GoingOn, train: Train, tmp_path: Path, arc1: dict[str, Task]
+) -> None:
+    """Correcting an answer that no model sees must not cost the run."""
+    config = going_on("a", training={"steps": 2}, paths={"data": str(tmp_path / "other")})
+    asked = [arc1[path.stem] for path in (begun / "evaluation").iterdir()]
+    write_tasks(begun / "evaluation", map(poison, asked))
+    try:
+        prepare(config.data, config.data_folder, lambda line: None)
+    finally:
+        write_tasks(begun / "evaluation", asked)
+    assert train(config).step == 2
+
+
+def test_old_checkpoints_are_pruned(going_on: GoingOn, train: Train) -> None:
+    config = going_on("a", training={"steps": 7, "keep_checkpoints": 2})
+    train(config)
+    assert list(folders(config)) == [6, 7]
+
+
+def test_a_finished_run_is_left_alone(going_on: GoingOn, train: Train) -> None:
+    config = going_on("a", training={"steps": 3})
+    first = train(config)
+    written = (config.run_folder / "metrics.jsonl").read_text()
+    assert train(config) == first
+    assert (config.run_folder / "metrics.jsonl").read_text() == written
+    assert first.untrained is not None and first.trained is not None
+
+
+def test_a_diverged_run_stops_and_says_where(going_on: GoingOn, train: Train) -> None:
+    config = going_on("a", training={"steps": 9})
+
+    def blow_up(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"].fill_(1e38)
+
+    change_weights(folders(config)[1], blow_up)
+    with pytest.raises(RuntimeError) as error:
+        train(config)
+    found = newest(config.run_folder / "checkpoints")
+    assert found is not None and found.state["step"] == 1
+    text = str(error.value)
+    assert text.startswith("step 2: the loss or a gradient is not finite; puzzle identifiers of")
+    assert text.endswith(f"last good checkpoint: {folders(config)[1]}")
+    assert "Diverged: step 2" in (config.run_folder / "train_0.log").read_text()
+
+
+def test_a_checkpoint_holds_nothing_pickled(going_on: GoingOn, train: Train) -> None:
+    folder = train(going_on("a", training={"steps": 2})).checkpoint
+    assert {path.name for path in folder.iterdir()} == WRITTEN.keys()
+    for path in folder.glob("*.safetensors"):
+        assert load_file(path)
+    for path in folder.iterdir():
+        assert not path.read_bytes().startswith((b"PK", b"\x80")), f"{path.name}: zip or pickle"

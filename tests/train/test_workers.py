@@ -1,0 +1,123 @@
+"""Two workers train the run that one does: same rows, gradients summed, any number may go on."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ClippedAdamW, metrics, pretrain_as_rank
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hybrid.config import Config
+from hybrid.context import worker_slots
+from hybrid.errors import UserError
+from hybrid.train import Result
+from hybrid.train.step import exploration
+
+GoingOn = Callable[..., Config]
+Train = Callable[[Config], Result]
+Together = Callable[..., None]
+
+SIX_STEPS = {"steps": 7, "save_every": 3}
+
+
+@pytest.fixture
+def together(start: Callable[..., BaseProcess], tmp_path: Path) -> Together:
+    """together(config): the run by two processes joined over the loopback."""
+
+    def run(config: Config, adamw: bool = False) -> None:
+        store = tmp_path / f"store-{config.logging.run}"
+        ranks = [start(pretrain_as_rank, rank, 2, store, config, adamw) for rank in range(2)]
+        for process in ranks:
+            process.join()
+        assert [process.exitcode for process in ranks] == [0, 0]
+
+    return run
+
+
+def folder(config: Config, step: int) -> Path:
+    return config.run_folder / "checkpoints" / f"step_{step:08d}"
+
+
+def tensors(path: Path) -> dict[str, Tensor]:
+    """All of a checkpoint, the slots of its workers joined in order."""
+    slots = [load_file(file) for file in sorted(path.glob("slots_*"))]
+    joined = {name: torch.cat([part[name] for part in slots]) for name in slots[0]}
+    for file in ("model", "average", "optimizer", "puzzle_table"):
+        joined |= {f"{file}.{k}": v for k, v in load_file(path / f"{file}.safetensors").items()}
+    return joined
+
+
+def assert_close(one: Path, other: Path) -> None:
+    a, b = tensors(one), tensors(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        if a[name].is_floating_point():
+            torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-5, msg=name)
+        else:
+            assert torch.equal(a[name], b[name]), f"{name} differs"
+
+
+def test_one_and_two_workers_and_every_change_between_them_agree(
+    going_on: GoingOn, train: Train, together: Together
+) -> None:
+    """The run was begun by one worker, so `two` is a change from one to two already."""
+    one, two, back = (going_on(name, training=SIX_STEPS) for name in ("one", "two", "back"))
+    train(one)
+    together(two)
+    taken = tensors(folder(one, 7))["taken"]
+    assert len(set(taken.tolist())) > 1, "all rows halted together: nothing was tried"
+    parts = ["slots_000000_000003.safetensors", "slots_000003_000006.safetensors"]
+    assert sorted(path.name for path in folder(two, 7).glob("slots_*")) == parts
+    for step in (3, 6, 7):
+        assert_close(folder(one, step), folder(two, step))
+    shutil.rmtree(back.run_folder)
+    shutil.copytree(two.run_folder, back.run_folder)
+    for step in (6, 7):
+        shutil.rmtree(folder(back, step))
+    train(back)
+    assert_close(folder(one, 7), folder(back, 7))
+    for ours, theirs in zip(metrics(one.run_folder), metrics(two.run_folder), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_gradients_are_summed_over_workers_not_averaged(
+    going_on: GoingOn, train: Train, together: Together, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AdamW behind clipping sees the scale that Adam-atan2 and sign-SGD hide."""
+    one, two = (going_on(name, training={"steps": 3, "save_every": 1}) for name in ("one", "two"))
+    together(two, adamw=True)
+    monkeypatch.setattr("hybrid.train.state.AdamAtan2", ClippedAdamW)
+    train(one)
+    for step in (2, 3):
+        assert_close(folder(one, step), folder(two, step))
+        norm = torch.stack(
+            [
+                g.norm()
+                for n, g in tensors(folder(one, step)).items()
+                if n.startswith("optimizer.m.")
+            ]
+        ).norm()
+        assert norm > 0.1, "gradients too small to tell"
+
+
+def test_a_batch_that_cannot_be_dealt_out_is_refused() -> None:
+    with pytest.raises(UserError, match=r"training\.batch_size=8 cannot be dealt out to 3 workers"):
+        worker_slots(8, 0, 3)
+    assert [list(worker_slots(6, rank, 3)) for rank in range(3)] == [[0, 1], [2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 6])
+def test_exploration_does_not_depend_on_who_draws(workers: int) -> None:
+    whole = exploration(0, 5, 6, range(6))
+    parts = [exploration(0, 5, 6, worker_slots(6, rank, workers)) for rank in range(workers)]
+    for draw in range(2):
+        assert torch.equal(torch.cat([part[draw] for part in parts]), whole[draw])
+    assert not torch.equal(whole[0], whole[1])
+    for other in (exploration(0, 6, 6, range(6)), exploration(1, 5, 6, range(6))):
+        assert not torch.equal(whole[0], other[0])
