@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
-import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
-from functools import cache
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from reprlib import repr as short_repr
 from typing import Any, Literal
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
 from hybrid.dataset import DataConfig
 from hybrid.errors import UserError, check_fields
 from hybrid.trm import TRMConfig
+from hybrid.validation import adapter, known_only, parse_yaml, unknown_keys, wrong_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,11 +197,11 @@ def from_dict(
     raw: Mapping[str, Any], *, where: str = "config", problems: Sequence[str] = ()
 ) -> Config:
     """A validated Config from nested mappings (a YAML document, a trial of a sweep)."""
-    known = _known_only(Config, raw)
-    found = [*problems, *_unknown_keys(Config, raw, ""), *_wrong_values(known)]
+    known = known_only(Config, raw)
+    found = [*problems, *unknown_keys(Config, raw, DERIVED), *wrong_values(Config, known)]
     if found:
         raise UserError(f"{where}: " + "; ".join(found))
-    config = _adapter().validate_python(known)
+    config: Config = adapter(Config).validate_python(known)
     return replace(config, paths=config.paths.absolute())
 
 
@@ -240,7 +235,7 @@ def differences(
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        raw = _parse_yaml(path.read_text(encoding="utf-8"))
+        raw = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -261,7 +256,7 @@ def _override(raw: dict[str, Any], text: str, problems: list[str]) -> None:
         problems.append(f"override {text!r} is not section.key=value")
         return
     try:
-        parsed = _parse_yaml(value)
+        parsed = parse_yaml(value)
     except ValueError:
         problems.append(f"override {text!r}: the value is not YAML")
         return
@@ -272,114 +267,9 @@ def _override(raw: dict[str, Any], text: str, problems: list[str]) -> None:
         target[key] = parsed
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key written twice, of which YAML would take the last without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.MarkedYAMLError(
-                        problem=f"{key.value} is there twice", problem_mark=key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _parse_yaml(text: str) -> Any:
-    """The document in `text`; ValueError, in one line, for what is not YAML."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except Exception as error:  # PyYAML raises half a dozen unrelated types for a bad scalar
-        raise ValueError(" ".join(str(error).split())) from error
-
-
 def _absolute(path: str) -> Path:
     # os.path's expanduser, unlike Path's, leaves the name of a user who is unknown as it is.
     return Path(os.path.expanduser(path)).absolute()
-
-
-def _section_type(hint: Any) -> Any:
-    return hint if is_dataclass(hint) else None
-
-
-def _unknown_keys(cls: Any, raw: Any, prefix: str) -> list[str]:
-    """What is no key, no section, or a truth value where pydantic would take it for a number."""
-    if raw is None:
-        return []
-    if not isinstance(raw, Mapping):
-        return [f"{prefix.rstrip('.')}: must be a section of keys, got {short_repr(raw)}"]
-    hints = typing.get_type_hints(cls)
-    known = [name for name in hints if f"{prefix}{name}" not in DERIVED]
-    found = []
-    for key, value in raw.items():
-        dotted = f"{prefix}{key}"
-        if dotted in DERIVED:
-            found.append(f"{dotted}: follows from {DERIVED[dotted]} and cannot be set")
-        elif key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
-            found.append(f"{dotted}: unknown key, {hint}")
-        elif _section_type(hints[key]):
-            found += _unknown_keys(hints[key], value, f"{dotted}.")
-        elif isinstance(value, bool) and hints[key] is not bool:
-            found.append(f"{dotted}: must not be a truth value, got {value}")
-    return found
-
-
-def _known_only(cls: Any, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """`raw` without what `_unknown_keys` complained of, so that the other errors show as well."""
-    hints = typing.get_type_hints(cls)
-    kept: dict[str, Any] = {}
-    for key, value in raw.items():
-        if key not in hints:
-            continue
-        section = _section_type(hints[key])
-        if section is None:
-            kept[key] = value
-        elif isinstance(value, Mapping):
-            kept[key] = _known_only(section, value)
-    return kept
-
-
-@cache
-def _adapter() -> TypeAdapter[Config]:
-    return TypeAdapter(Config)
-
-
-def _wrong_values(values: Mapping[str, Any]) -> list[str]:
-    """Every value of a wrong type, and every one out of range."""
-    try:
-        _adapter().validate_python(values)
-    except ValidationError as error:
-        details = error.errors()
-    else:
-        return []
-    found = [line for detail in details for line in _explain(detail)]
-    mistyped = {detail["loc"][:2] for detail in details if detail["type"] != "value_error"}
-    if not mistyped:
-        return found
-    # A section checks ranges only when all its types are right: ask again without the wrong ones,
-    # and pass over what is now said about these.
-    rest = {
-        section: {key: value for key, value in of.items() if (section, key) not in mistyped}
-        for section, of in values.items()
-    }
-    for line in _wrong_values(rest):
-        section, *words = re.findall(r"\w+", line)
-        if line not in found and not any((section, word) in mistyped for word in words):
-            found.append(line)
-    return found
-
-
-def _explain(detail: Mapping[str, Any]) -> list[str]:
-    place = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "value_error":
-        # A section's __post_init__: one problem a line, each beginning with the key's name.
-        return [f"{place}.{line}" for line in str(detail["ctx"]["error"]).splitlines()]
-    message = detail["msg"].lower().replace("tuple", "list")
-    return [f"{place}: {message}, got {short_repr(detail['input'])}"]
 
 
 __all__ = [

@@ -100,6 +100,16 @@ def test_a_wrong_value_is_named_by_its_dotted_path(section: str, key: str) -> No
     assert said.startswith(f"config: {section}.{key}") and said.endswith("got {'a': 'mapping'}")
 
 
+FLOATS = [(s, k) for s, k in KEYS if isinstance(to_dict(Config())[s][k], float)]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize(("section", "key"), [*FLOATS, ("training", "epochs")])
+def test_numbers_are_finite(section: str, key: str, value: float) -> None:
+    said = problems({section: {key: value}})
+    assert said.startswith(f"config: {section}.{key} must be") and said.endswith(f"got {value}")
+
+
 @pytest.mark.parametrize(("section", "key"), [key for key in KEYS if len(key[1]) > 3])
 def test_a_misspelt_key_is_answered_with_the_right_one(section: str, key: str) -> None:
     wrong = key[:2] + "x" + key[2:]
@@ -219,8 +229,12 @@ def maybe(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.none() | values
 
 
-def some_of(**keys: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
-    return st.fixed_dictionaries({}, optional=keys)
+def both(*parts: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.tuples(*parts).map(lambda found: found[0] | found[1])
+
+
+def keys(**values: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries(values)
 
 
 SIZES = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9)).map(
@@ -231,9 +245,13 @@ SIZES = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9)).map(
         "puzzle_emb_len": n[2],
     }
 )
+LENGTH = keys(steps=COUNTS, epochs=st.none()) | keys(steps=st.none(), epochs=st.floats(0, 1e12))
+HALT = keys(halt=st.sampled_from(["published", "confident"]), act_steps=st.none()) | keys(
+    halt=st.just("fixed"), act_steps=COUNTS
+)
 VALID = {
-    "paths": some_of(root=NAMES, data=maybe(NAMES), runs=maybe(NAMES)),
-    "data": some_of(
+    "paths": keys(root=NAMES, data=maybe(NAMES), runs=maybe(NAMES)),
+    "data": keys(
         training=st.lists(NAMES, min_size=1),
         evaluation=st.lists(NAMES),
         variants=st.integers(0, 10**6),
@@ -241,10 +259,9 @@ VALID = {
         on_overlap=st.sampled_from(["refuse", "drop"]),
         seed=st.integers(0, 2**63),
     ),
-    "trm": st.builds(
-        dict.__or__,
+    "trm": both(
         SIZES,
-        some_of(
+        keys(
             expansion=st.floats(1e-6, 1e6),
             L_layers=COUNTS,
             H_cycles=COUNTS,
@@ -258,10 +275,9 @@ VALID = {
             forward_dtype=st.sampled_from(["auto", "float32", "bfloat16", "float64"]),
         ),
     ),
-    "training": st.builds(
-        dict.__or__,
-        some_of(steps=COUNTS) | some_of(epochs=st.floats(0, 1e12)),
-        some_of(
+    "training": both(
+        LENGTH,
+        keys(
             batch_size=COUNTS,
             lr=POSITIVE,
             puzzle_lr=POSITIVE,
@@ -278,21 +294,19 @@ VALID = {
             probe_pairs=COUNTS,
         ),
     ),
-    "evaluation": st.builds(
-        dict.__or__,
-        some_of(halt=st.sampled_from(["published", "confident"]), act_steps=st.none())
-        | st.fixed_dictionaries({"halt": st.just("fixed"), "act_steps": COUNTS}),
-        some_of(
+    "evaluation": both(
+        HALT,
+        keys(
             checkpoint=maybe(NAMES), variants=maybe(COUNTS), batch_size=COUNTS, limit=maybe(COUNTS)
         ),
     ),
-    "cluster": some_of(
+    "cluster": keys(
         num_workers=st.integers(0, 99),
         use_gpu=st.booleans(),
         cpus_per_worker=st.floats(0.01, 99),
         max_failures=st.integers(-1, 99),
     ),
-    "logging": some_of(
+    "logging": keys(
         run=st.text("abc.-_ é", max_size=8).filter(lambda name: name not in (".", "..")),
         every=COUNTS,
         wandb=st.booleans(),
@@ -300,25 +314,16 @@ VALID = {
 }
 
 
-def test_what_went_in_comes_out() -> None:
-    seen: set[tuple[str, str]] = set()
-
-    @settings(max_examples=100, deadline=None)
-    @given(raw=some_of(**VALID))
-    def round_trip(raw: dict[str, Any]) -> None:
-        seen.update((section, key) for section, keys in raw.items() for key in keys)
-        config = from_dict(raw)
-        assert from_dict(to_dict(config)) == config
-        assert from_dict(yaml.safe_load(dump(config))) == config
-        # As it goes into state.json.
-        assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
-        for section, keys in raw.items():
-            if section != "paths":
-                found = to_dict(config)[section]
-                assert {key: found[key] for key in keys} == keys
-
-    round_trip()
-    assert seen == set(KEYS), "a key is not among VALID"
+@settings(max_examples=100, deadline=None)
+@given(raw=keys(**VALID))
+def test_what_went_in_comes_out(raw: dict[str, dict[str, Any]]) -> None:
+    assert {(section, key) for section in raw for key in raw[section]} == set(KEYS), "see VALID"
+    config = from_dict(raw)
+    assert {**to_dict(config), "paths": raw["paths"]} == raw
+    assert from_dict(to_dict(config)) == config
+    assert from_dict(yaml.safe_load(dump(config))) == config
+    # As it goes into state.json.
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
 
 
 SCALARS = (

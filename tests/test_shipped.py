@@ -48,7 +48,8 @@ def dry_run(
     """dry_run(job, config, *overrides) -> what it prints; it must succeed."""
 
     def run(job: Path, *arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", [str(job), *arguments, "--dry-run"])
+        config, overrides = arguments[:3], arguments[3:]
+        monkeypatch.setattr(sys, "argv", [str(job), *config, "--dry-run", *overrides])
         with pytest.raises(SystemExit) as stopped:
             runpy.run_path(str(job), run_name="__main__")
         printed = capsys.readouterr()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hybrid.evaluate as evaluation
 from hybrid.config import Config
-from hybrid.context import LocalContext, share_cores, worker_slots
+from hybrid.context import LocalContext, share_cores
 from hybrid.evaluate import Outcome, local_solve_all
-from hybrid.train import Result
+from hybrid.train import Result, check
 from hybrid.train import pretrain as pretrain_loop
 from hybrid.train.progress import watch
 
@@ -15,8 +15,7 @@ from hybrid.train.progress import watch
 
 def pretrain(config: Config) -> Result:
     """Train the TRM; rerunning the same config resumes it."""
-    # Refused here rather than by a worker: nothing has been started or written yet.
-    worker_slots(config.training.batch_size, 0, max(1, config.cluster.num_workers))
+    check(config)
     with watch(config):
         if config.cluster.num_workers == 0:
             share_cores(1)

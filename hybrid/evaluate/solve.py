@@ -119,22 +119,21 @@ def predict(
     halt_logits = np.empty(len(inputs), np.float32)
     spent = 0
     for first in range(0, len(inputs), config.batch_size):
-        left = torch.arange(first, min(first + config.batch_size, len(inputs)))
-        batch = {"inputs": torch.from_numpy(inputs[left.numpy()]).int().to(device)}
-        rows = puzzle_rows[left].to(device)
+        left = np.arange(first, min(first + config.batch_size, len(inputs)))
+        batch = {"inputs": torch.from_numpy(inputs[left]).int().to(device)}
+        rows = puzzle_rows[torch.from_numpy(left)].to(device)
         carry = model.initial_carry(batch)
         step = 0
         while len(left):
             carry, outputs = model.act_step(carry, batch, puzzle_rows=rows)
             step += 1
             spent += len(left)
-            done = _done(step, outputs.q_halt, model.config.halt_max_steps, config).cpu()
+            done = _done(step, outputs.q_halt.cpu().numpy(), model.config.halt_max_steps, config)
             tokens[left[done]] = outputs.logits.argmax(-1).to(torch.uint8).cpu().numpy()[done]
             halt_logits[left[done]] = outputs.q_halt.float().cpu().numpy()[done]
             if done.any():
-                keep = (~done).nonzero().squeeze(1)
-                left = left[keep]
-                keep = keep.to(device)
+                left = left[~done]
+                keep = torch.from_numpy(np.flatnonzero(~done)).to(device)
                 rows = rows[keep]
                 batch = {name: value[keep] for name, value in batch.items()}
                 carry = replace(
@@ -161,10 +160,12 @@ def exact_accuracy(model: TRM, rows: Rows, batch_size: int) -> float:
     return float(((tokens == labels) | (labels == 0)).all(axis=1).mean())
 
 
-def _done(step: int, q_halt: Tensor, most: int, config: EvaluationConfig) -> Tensor:
-    """[n] bool: whether a row has had its last ACT step; the answer plays no part in it."""
+def _done(
+    step: int, q_halt: npt.NDArray[np.float32], most: int, config: EvaluationConfig
+) -> npt.NDArray[np.bool_]:
+    """[n]: whether a row has had its last ACT step; the answer plays no part in it."""
     if config.halt == "fixed":
         assert config.act_steps is not None
         most = config.act_steps
-    last = torch.full_like(q_halt, step >= most, dtype=torch.bool)
+    last = np.full(len(q_halt), step >= most)
     return last | (q_halt > 0) if config.halt == "confident" else last

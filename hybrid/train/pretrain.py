@@ -29,6 +29,8 @@ from hybrid.train.step import Diverged, Sums, train_step
 log = logging.getLogger(__name__)
 
 PROJECT = "arc-trm-pretrain"
+CHECKPOINTS = "checkpoints"
+"""Folder of a run that holds them."""
 MAY_CHANGE = {"training": ("steps", "epochs", "save_every", "keep_checkpoints", "probe_pairs")}
 """Keys that a resumed run may have changed; of `data` and `trm` none."""
 
@@ -61,7 +63,7 @@ def pretrain(config: Config, context: RunContext) -> Result:
     total = total_steps(config, len(stream))
     slots = worker_slots(config.training.batch_size, context.rank, context.world_size)
     state = fresh(config, dataset, slots, context.device)
-    folder = config.run_folder / "checkpoints"
+    folder = config.run_folder / CHECKPOINTS
     resumed = newest(folder)
     if resumed:
         refuse_changes(config, dataset, resumed)
@@ -95,6 +97,16 @@ def pretrain(config: Config, context: RunContext) -> Result:
         untrained=probes.get(0),
         trained=probes.get(state.step),
     )
+
+
+def check(config: Config) -> None:
+    """UserError for whatever a worker would refuse, before anything is started or written."""
+    dataset = Dataset.open(config.data_folder)
+    total_steps(config, len(Stream(dataset, config.training.seed)))
+    worker_slots(config.training.batch_size, 0, max(1, config.cluster.num_workers))
+    resumed = newest(config.run_folder / CHECKPOINTS)
+    if resumed:
+        refuse_changes(config, dataset, resumed)
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:

@@ -1,0 +1,172 @@
+"""A whole run: its length, what it writes, what it learns, and its estimate beforehand."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import config_of, metrics
+from safetensors.torch import load_file
+
+from hybrid.checkpoint import read
+from hybrid.config import Config
+from hybrid.dataset import Dataset, Stream, prepare
+from hybrid.errors import UserError
+from hybrid.train import Result, estimate, total_steps
+from hybrid.train.pretrain import PROJECT, trained_on
+from hybrid.train.progress import _last
+
+GoingOn = Callable[..., Config]
+Train = Callable[[Config], Result]
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "mlp_t": {"mlp_t": True},
+    "learned": {"pos_encodings": "learned"},
+    "no puzzle table": {"puzzle_emb_ndim": 0},
+    "two prefix positions": {"puzzle_emb_len": 2, "puzzle_emb_ndim": 48},
+    "one ACT step": {"halt_max_steps": 1},
+    "explores": {"halt_exploration_prob": 0.9},
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_trains_and_resumes(begun: Path, train: Train, name: str) -> None:
+    def run(run: str, steps: int) -> Path:
+        logged = {"run": f"{run} {name}"}
+        config = config_of(
+            begun, trm=ARCHITECTURES[name], training={"steps": steps}, logging=logged
+        )
+        return train(config).checkpoint
+
+    whole = run("whole", 4)
+    run("halves", 2)
+    halves = run("halves", 4)
+    for path in whole.glob("*.safetensors"):
+        a, b = load_file(path), load_file(halves / path.name)
+        for key in a:
+            assert torch.equal(a[key], b[key]), (path.name, key)
+
+
+def test_length_in_epochs_is_enough_steps_to_offer_every_row(begun: Path) -> None:
+    dataset = Dataset.open(config_of(begun).data_folder)
+    rows = len(Stream(dataset, 0))
+    assert rows == dataset.meta["counts"]["training_pairs"] == 27
+    for epochs, steps in ((1, 5), (2, 9), (0.1, 1), (4, 18)):
+        config = config_of(begun, training={"steps": None, "epochs": epochs})
+        assert total_steps(config, rows) == steps
+    with pytest.raises(UserError, match=r"training\.steps or training\.epochs"):
+        total_steps(config_of(begun, training={"steps": None}), rows)
+
+
+def test_metrics_say_what_happened(going_on: GoingOn, train: Train) -> None:
+    """Every second step a line: means over rows that ended, losses over rows asked."""
+    config = going_on("a", training={"steps": 8, "save_every": 100}, logging={"every": 2})
+    train(config)
+    lines = [line for line in metrics(config.run_folder) if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 4, 6, 8]
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["lm_loss"] + 0.5 * line["q_halt_loss"])
+        assert 0 <= line["exact_accuracy"] <= line["accuracy"] <= 1
+        assert 0 <= line["q_halt_accuracy"] <= 1 and 0 <= line["steps"] <= 4
+    taken = load_file(
+        config.run_folder / "checkpoints" / "step_00000008" / "slots_000000_000006.safetensors"
+    )["taken"]
+    assert lines[-1]["epoch"] == pytest.approx(int(taken.sum()) / 27)
+
+
+def test_a_checkpoint_says_what_it_is(going_on: GoingOn, train: Train) -> None:
+    config = going_on("a", training={"steps": 2})
+    checkpoint = read(train(config).checkpoint)
+    dataset = Dataset.open(config.data_folder)
+    assert checkpoint.state["dataset"]["fingerprint"] == dataset.fingerprint
+    assert checkpoint.state["trm"]["num_puzzle_identifiers"] == dataset.num_identifiers
+    assert checkpoint.state["config"]["training"]["steps"] == 2
+    pairs = json.loads((checkpoint.folder / "trained_on.json").read_text())
+    assert pairs == trained_on(dataset) and len(pairs) == len(set(pairs)) == 27
+
+
+def test_logs_go_to_the_run_folder_and_nowhere_else_after(going_on: GoingOn, train: Train) -> None:
+    config = going_on("a", training={"steps": 2})
+    handlers = list(logging.getLogger("hybrid").handlers)
+    train(config)
+    assert logging.getLogger("hybrid").handlers == handlers
+    assert "step=2 loss=" in (config.run_folder / "train_0.log").read_text()
+    assert {path.name for path in config.run_folder.iterdir()} == {
+        "checkpoints",
+        "metrics.jsonl",
+        "train_0.log",
+    }, "logging.wandb=false has left something"
+
+
+def test_progress_is_the_newest_whole_line_with_a_loss(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert _last(path) is None
+    lines = [{"step": n, "loss": 1.0, "padding": "x" * 90} for n in range(100)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    path.write_text(text + '{"step": 100, "probe/exact_accuracy": 0}\n{"step": 101, "loss": 0')
+    assert _last(path) == lines[-1]
+
+
+def test_the_estimate_is_that_of_the_model_that_will_run(going_on: GoingOn, train: Train) -> None:
+    config = going_on("a", training={"steps": 2})
+    tensors = load_file(train(config).checkpoint / "average.safetensors")
+    trained = sum(value.numel() for value in tensors.values())
+    text = estimate(config)
+    assert f"parameters: {trained:,} trained, puzzle table 37 x 32" in text
+    assert "steps: 2 of 6 rows (27 rows an epoch)" in text
+    nothing = config_of(Path("/nowhere"))
+    assert "not known yet: /nowhere/arc/processed: no dataset here" in estimate(nothing)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [None, "disabled"])
+def test_wandb_is_offline_by_itself_and_off_when_disabled(
+    going_on: GoingOn,
+    train: Train,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    mode: str | None,
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.netrc, so no key
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    if mode:
+        monkeypatch.setenv("WANDB_MODE", mode)
+    config = going_on("a", training={"steps": 2}, logging={"wandb": True})
+    train(config)
+    written = list((config.run_folder / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(written) == (mode is None)
+    assert PROJECT == "arc-trm-pretrain"
+    for part in (PROJECT, config.logging.run, "lm_loss", "probe/exact_accuracy"):
+        assert all(part.encode() in file.read_bytes() for file in written), part
+
+
+@pytest.mark.slow
+def test_a_tiny_model_learns_its_training_pairs(tmp_path: Path, train: Train) -> None:
+    """The 15 ARC-1 tasks that fit 3 x 3: from none to a third of 68 pairs exactly right."""
+    config = config_of(
+        tmp_path,
+        data={"training": [], "evaluation": ["arc1-training"], "variants": 0, "max_side": 3},
+        trm={"halt_max_steps": 2},
+        training={
+            "batch_size": 16,
+            "steps": 600,
+            "save_every": 600,
+            "lr": 1e-3,
+            "puzzle_lr": 1e-2,
+            "lr_warmup_steps": 10,
+            "probe_pairs": 100,
+        },
+        logging={"every": 200},
+    )
+    prepare(config.data, config.data_folder, lambda line: None)
+    result = train(config)
+    assert result.untrained == 0
+    assert result.trained is not None and result.trained > 0.25
+    accuracies = [m["exact_accuracy"] for m in metrics(config.run_folder) if "loss" in m]
+    assert accuracies == sorted(accuracies) and accuracies[-1] > 0.2

@@ -1,0 +1,160 @@
+"""One optimiser step: the published one, on weights that may move and on none that may not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from golden.extract import unpack
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hybrid.config import Config, TrainingConfig
+from hybrid.context import LocalContext
+from hybrid.dataset import Dataset, Stream
+from hybrid.train import Result, TrainState
+from hybrid.train.feed import Feed
+from hybrid.train.state import fresh
+from hybrid.train.step import Diverged, train_step
+from hybrid.trm import TRM, AdamAtan2, MovingAverage, upstream
+
+GoingOn = Callable[..., Config]
+Train = Callable[[Config], Result]
+CPU = LocalContext(torch.device("cpu"))
+
+
+def test_six_steps_are_the_published_trainers(golden: Path) -> None:
+    """Golden C through our own step: its order, its scale, its rates, its average."""
+    about = json.loads((golden / "C_train_traj_tiny.json").read_text())
+    file = np.load(golden / "C_train_traj_tiny.npz")
+    recorded = {name: torch.from_numpy(file[name]) for name in file if file[name].ndim}
+    hyper = about["hyper"]
+    config = TrainingConfig(
+        batch_size=4,
+        puzzle_lr=hyper["puzzle_emb_lr"],
+        puzzle_weight_decay=hyper["puzzle_emb_weight_decay"],
+        **{name: hyper[name] for name in ("lr", "weight_decay", "beta1", "beta2", "ema_rate")},
+        **{name: hyper[name] for name in ("lr_warmup_steps", "lr_min_ratio")},
+    )
+    batches = [
+        {k.removeprefix("batch."): v[i] for k, v in recorded.items() if k.startswith("batch.")}
+        for i in range(6)
+    ]
+    state = state_of(upstream.load(unpack(file), **about["config"]), config, batches[0])
+    for i, batch in enumerate(batches):
+        sums = train_step(state, batch, config, hyper["total_steps"], CPU)
+        for name, value in sums.items():
+            theirs = recorded[f"step.metric.{name}"][i]
+            torch.testing.assert_close(value.double(), theirs, rtol=2e-6, atol=1e-12, msg=name)
+        assert torch.equal(state.carry.halted, recorded["step.halted"][i].bool())
+        table = recorded["step.puzzle_emb_weights"][i]
+        torch.testing.assert_close(state.model.puzzle_table, table, rtol=0, atol=5e-6)
+    for name, weight in state.model.named_parameters():
+        theirs = "model." + upstream.published_name(name)
+        torch.testing.assert_close(weight, recorded[f"final.{theirs}"], rtol=0, atol=5e-6)
+        average = state.average.shadow[name].flatten()[::4]
+        torch.testing.assert_close(average, recorded[f"ema.{theirs}"], rtol=0, atol=5e-6)
+
+
+def state_of(model: TRM, config: TrainingConfig, batch: dict[str, Tensor]) -> TrainState:
+    weights = dict(model.named_parameters())
+    return TrainState(
+        step=0,
+        model=model,
+        optimizer=AdamAtan2(
+            weights, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
+        ),
+        average=MovingAverage(weights, config.ema_rate),
+        slots=range(len(batch["inputs"])),
+        carry=model.initial_carry(batch),
+        taken=torch.zeros(len(batch["inputs"]), dtype=torch.int64),
+    )
+
+
+@pytest.fixture
+def state(begun: Path, going_on: GoingOn) -> tuple[TrainState, dict[str, Tensor], Config]:
+    """A state before its first step, and that step's batch."""
+    config = going_on("state")
+    dataset = Dataset.open(config.data_folder)
+    state = fresh(config, dataset, range(6), CPU.device)
+    rounds = CPU.rounds(Stream(dataset, 0), range(6), 6, 0)
+    return state, Feed(rounds, 0, state.taken).refill(state.carry), config
+
+
+def nowhere(grad: Tensor) -> Tensor:
+    return grad * float("nan")
+
+
+def everything(state: TrainState) -> dict[str, Tensor]:
+    found = {f"model.{name}": value for name, value in state.model.state_dict().items()}
+    for part in ("m", "v"):
+        found |= {f"{part}.{n}": v for n, v in getattr(state.optimizer, part).items()}
+    found |= {f"average.{name}": value for name, value in state.average.shadow.items()}
+    return {name: value.clone() for name, value in found.items()}
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "puzzle gradient"])
+def test_nothing_moves_when_anything_is_not_finite(
+    state: tuple[TrainState, dict[str, Tensor], Config], what: str
+) -> None:
+    """Each alone: an infinite loss, one gradient of one weight, one of one puzzle row."""
+    before, batch, config = state
+    if what == "loss":
+        with torch.no_grad():
+            before.model.lm_head.weight.fill_(1e38)
+    elif what == "gradient":
+        before.model.embed_tokens.register_hook(nowhere)
+    else:
+        embed = before.model._embed
+
+        def poisoned(current: dict[str, Tensor], rows: Tensor | None) -> tuple[Tensor, Tensor]:
+            x, found = embed(current, rows)
+            assert found is not None
+            found.register_hook(nowhere)
+            return x, found
+
+        before.model._embed = poisoned  # type: ignore[method-assign, assignment]
+    untouched, carry = everything(before), before.carry
+    ids = sorted(set(batch["puzzle_identifiers"].tolist()))
+    with pytest.raises(Diverged) as error:
+        train_step(before, batch, config.training, 4, CPU)
+    assert str(error.value).startswith("step 1: the loss or a gradient is not finite")
+    assert str(ids) in str(error.value)
+    assert before.step == 0 and before.carry is carry and before.optimizer.t == 0
+    for name, value in everything(before).items():
+        assert torch.equal(value, untouched[name]), f"{name} has moved"
+
+
+def test_only_trained_weights_and_the_rows_that_were_seen_move(
+    going_on: GoingOn, train: Train, begun: Path
+) -> None:
+    config = going_on("a", training={"steps": 3})
+    folder = train(config).checkpoint
+    first = config.run_folder / "checkpoints" / "step_00000001"
+    after, before = (load_file(path / "model.safetensors") for path in (folder, first))
+    for name, value in after.items():
+        assert torch.equal(value, before[name]) == (name in ("H_init", "L_init")), name
+    table = load_file(folder / "puzzle_table.safetensors")["puzzle_table"]
+    taken = load_file(folder / "slots_000000_000006.safetensors")["taken"]
+    stream = Stream(Dataset.open(config.data_folder), config.training.seed)
+    places = [6 * k + slot for slot in range(6) for k in range(int(taken[slot]))]
+    seen = set(stream.rows(np.array(places))["puzzle_identifiers"].tolist())
+    assert set(table.any(dim=1).nonzero().flatten().tolist()) == seen
+    assert 0 < len(seen) < len(table) - 1, "every row was seen: nothing was tried"
+
+
+def test_the_average_follows_the_weights_at_its_rate(
+    state: tuple[TrainState, dict[str, Tensor], Config],
+) -> None:
+    trained, batch, config = state
+    old = everything(trained)
+    train_step(trained, batch, replace(config.training, lr_warmup_steps=0), 4, CPU)
+    for name, weight in trained.model.named_parameters():
+        expected = 0.9 * old[f"average.{name}"] + 0.1 * weight.detach()
+        torch.testing.assert_close(trained.average.shadow[name], expected)
+        assert not torch.equal(weight, old[f"model.{name}"]), f"{name} is not trained"
