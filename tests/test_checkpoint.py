@@ -148,6 +148,13 @@ def test_damaged_checkpoints_are_passed_over_and_logged(
     assert [("0010" in m, "0006" in m) for m in caplog.messages] == [(True, False), (False, True)]
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(tmp_path: Path) -> None:
+    for step in (2, 4):
+        (write(tmp_path / f"step_{step:08d}") / "config.yaml").unlink()
+    with pytest.raises(UserError, match=r"step_00000004/config\.yaml: missing"):
+        newest(tmp_path)
+
+
 def test_prune_keeps_what_was_just_written(tmp_path: Path) -> None:
     """A run that has passed over a damaged step 8 and goes on from 4 has written 6."""
     for step in (2, 4, 6, 8):

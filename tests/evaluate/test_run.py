@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import ASKED, StuckAt, config_of, poison, write_tasks
+from helpers import ASKED, StuckAt, change_weights, config_of, poison, undecided, write_tasks
 from safetensors.torch import load_file
 
 from hybrid.arc import Pair, Task, grid_to_string, string_to_grid
@@ -234,8 +235,13 @@ def test_the_second_attempt_counts_and_the_third_does_not(ask: Ask, arc1: Arc) -
     assert numerators["1"] == outcome.results["scores"]["pass@1"]["outputs"]["numerator"]
     assert numerators["2"] == outcome.results["scores"]["pass@2"]["outputs"]["numerator"]
     assert [numerators[k] for k in ("1", "2", "5")] == [counts[0], sum(counts[:2]), sum(counts)]
-    ranks = [task["outputs"][0]["right_rank"] for task in outcome.results["tasks"]]
-    assert ranks == [1, 2, 3]
+    first = [task["outputs"][0] for task in outcome.results["tasks"]]
+    assert [(o["right_rank"], o["right@1"], o["right@2"]) for o in first] == [
+        (1, True, True),
+        (2, False, True),
+        (3, False, False),
+    ]
+    assert [task["solved"] for task in outcome.results["tasks"]] == [True, True, False]
 
 
 def test_a_subset_is_called_one(ask: Ask, arc1: Arc) -> None:
@@ -275,7 +281,12 @@ def test_votes_do_not_leak_into_the_next_evaluation(ask: Ask, trained: Config) -
     assert votes == views == [6] * 5
 
 
-def test_settings_that_change_answers_have_folders_of_their_own(ask: Ask, arc1: Arc) -> None:
+def test_what_changes_answers_has_a_folder_of_its_own(
+    ask: Ask, arc1: Arc, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    other = tmp_path / checkpoint.folder.name
+    shutil.copytree(checkpoint.folder, other)
+    change_weights(other, undecided)
     configs = [
         ask(),
         ask(variants=2),
@@ -283,8 +294,9 @@ def test_settings_that_change_answers_have_folders_of_their_own(ask: Ask, arc1: 
         ask(halt="fixed", act_steps=1),
         ask(halt="fixed", act_steps=2),
         ask([arc1[task] for task in ASKED]),
+        ask(checkpoint=str(other)),
     ]
-    assert len({evaluate(config, answering({})).folder.name for config in configs}) == 6
+    assert len({evaluate(config, answering({})).folder.name for config in configs}) == 7
 
 
 def test_killed_half_way_it_asks_only_the_rest(ask: Ask, start: Callable[..., BaseProcess]) -> None:
