@@ -106,7 +106,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """Processes. The same run gives the same numbers whatever stands here."""
+    """Processes and devices. The same rows in the same order, however many workers there are."""
 
     num_workers: int = 1
     """Training workers and evaluation actors; 0 runs in this process, without Ray."""

@@ -50,8 +50,8 @@ class LocalContext:
     rank = 0
     world_size = 1
 
-    def __init__(self, device: torch.device | None = None) -> None:
-        self.device = device or default_device()
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
 
     def rounds(self, stream: Stream, slots: range, total_slots: int, first: int) -> Iterator[Rows]:
         """Made in this process."""
@@ -74,7 +74,7 @@ class LocalContext:
 class ProcessGroupContext(LocalContext):
     """Several processes joined by torch.distributed, which the caller has set up."""
 
-    def __init__(self, device: torch.device | None = None) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
@@ -91,9 +91,11 @@ class ProcessGroupContext(LocalContext):
         return torch.cat(parts)
 
 
-def default_device() -> torch.device:
-    """The first GPU where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def compute_device(use_gpu: bool) -> torch.device:
+    """The GPU of this process or the CPU; UserError if there is no GPU to use."""
+    if use_gpu and not torch.cuda.is_available():
+        raise UserError("cluster.use_gpu: torch sees no CUDA device here")
+    return torch.device("cuda" if use_gpu else "cpu")
 
 
 def worker_slots(batch_size: int, rank: int, world_size: int) -> range:

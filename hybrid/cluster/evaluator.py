@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError
 
 from hybrid.cluster.runtime import cluster
 from hybrid.config import Config
-from hybrid.context import default_device, share_cores
+from hybrid.context import compute_device, share_cores
 from hybrid.evaluate import Job, Question, Solver
 from hybrid.evaluate.run import SolveAll
 from hybrid.evaluate.solve import Prediction
@@ -28,7 +28,7 @@ class Evaluator:
 
     def __init__(self, job: Job, actors_on_this_machine: int) -> None:
         share_cores(actors_on_this_machine)
-        self.solver = Solver(job.checkpoint, job.config, default_device())
+        self.solver = Solver(job.checkpoint, job.config, compute_device(job.use_gpu))
 
     def solve(self, question: Question) -> Prediction:
         """See Solver.solve."""

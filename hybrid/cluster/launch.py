@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hybrid.evaluate as evaluation
 from hybrid.config import Config
-from hybrid.context import LocalContext, share_cores
+from hybrid.context import LocalContext, compute_device, share_cores
 from hybrid.evaluate import Outcome, local_solve_all
 from hybrid.train import Result, check
 from hybrid.train import pretrain as pretrain_loop
@@ -19,7 +19,7 @@ def pretrain(config: Config) -> Result:
     with watch(config):
         if config.cluster.num_workers == 0:
             share_cores(1)
-            return pretrain_loop(config, LocalContext())
+            return pretrain_loop(config, LocalContext(compute_device(config.cluster.use_gpu)))
         from hybrid.cluster.trainer import fit
 
         return fit(config)

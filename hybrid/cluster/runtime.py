@@ -23,12 +23,12 @@ LOCAL = {
 
 
 @contextmanager
-def cluster(config: Config) -> Iterator[None]:
+def cluster(config: Config, *, spare_cpus: int = 0) -> Iterator[None]:
     """Inside, ray is connected.
 
     To the running cluster where RAY_ADDRESS or a job names one, else to one of this machine that
     ends with the block. Raises UserError if the cluster can never hold the workers that the config
-    asks for.
+    asks for and `spare_cpus` for other tasks.
     """
     ours = not ray.is_initialized()
     if ours and os.environ.get("RAY_ADDRESS"):
@@ -36,7 +36,7 @@ def cluster(config: Config) -> Iterator[None]:
     elif ours:
         start_local()
     try:
-        _check_fits(config)
+        _check_fits(config, spare_cpus)
         yield
     finally:
         if ours:
@@ -50,6 +50,7 @@ def start_local(num_cpus: int | None = None) -> None:
     package = Path(__file__).parents[2]
     # Workers' own logs are in the run folder; what they raise comes back here.
     ray.init(
+        address="local",
         num_cpus=num_cpus,
         log_to_driver=False,
         logging_level="WARNING",
@@ -57,15 +58,16 @@ def start_local(num_cpus: int | None = None) -> None:
     )
 
 
-def _check_fits(config: Config) -> None:
+def _check_fits(config: Config, spare_cpus: int) -> None:
     wanted = config.cluster.num_workers * config.cluster.cpus_per_worker
     have = ray.cluster_resources()
     cpus = have.get("CPU", 0.0)
     # Ray Data makes the rows in tasks of its own: without a core for them training never starts.
-    if wanted > cpus - 1:
+    if wanted > cpus - spare_cpus:
+        spare = " and one for the data stream" if spare_cpus else ""
         raise UserError(
             f"cluster.num_workers={config.cluster.num_workers} of cpus_per_worker="
-            f"{config.cluster.cpus_per_worker:g} need {wanted:g} CPUs and one for the data stream;"
+            f"{config.cluster.cpus_per_worker:g} need {wanted:g} CPUs{spare};"
             f" the cluster has {cpus:g}"
         )
     if config.cluster.use_gpu and config.cluster.num_workers > have.get("GPU", 0.0):

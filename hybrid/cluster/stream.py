@@ -11,6 +11,7 @@ from ray.data import DataContext
 
 from hybrid.dataset import Dataset, Stream
 from hybrid.dataset.stream import Rows
+from hybrid.errors import UserError
 
 ROWS_PER_BLOCK = 256
 """Small blocks: the first one is what a worker waits for."""
@@ -30,10 +31,11 @@ def ray_rounds(stream: Stream, slots: range, total_slots: int, first: int) -> It
     context.enable_progress_bars = False
     # Blocks must arrive in the order of their numbers.
     context.execution_options.preserve_order = True
-    seed = stream.seed
+    seed, fingerprint = stream.seed, stream.dataset.fingerprint
 
     def make(block: dict[str, np.ndarray]) -> Rows:
-        return _stream(folder, seed).rounds(int(block["id"][0]), per_block, slots, total_slots)
+        (number,) = block["id"].tolist()
+        return _stream(folder, fingerprint, seed).rounds(number, per_block, slots, total_slots)
 
     while True:
         last = first + BLOCKS_PER_PIPELINE * per_block
@@ -45,6 +47,9 @@ def ray_rounds(stream: Stream, slots: range, total_slots: int, first: int) -> It
 
 
 @lru_cache(maxsize=2)
-def _stream(folder: str, seed: int) -> Stream:
-    """A task's process keeps the dataset it has read."""
-    return Stream(Dataset.open(folder), seed)
+def _stream(folder: str, fingerprint: str, seed: int) -> Stream:
+    """A task's process keeps the dataset it has read; it must be the one the run began with."""
+    dataset = Dataset.open(folder)
+    if dataset.fingerprint != fingerprint:
+        raise UserError(f"{folder}: another dataset was prepared here while a run was reading it")
+    return Stream(dataset, seed)

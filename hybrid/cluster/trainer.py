@@ -19,7 +19,7 @@ from hybrid.context import ProcessGroupContext, share_cores
 from hybrid.dataset import Stream
 from hybrid.dataset.stream import Rows
 from hybrid.errors import UserError
-from hybrid.train import Result, pretrain
+from hybrid.train import Diverged, Result, pretrain
 
 RAY_FOLDER = "ray"
 """Ray Train's own bookkeeping, inside the run folder."""
@@ -48,6 +48,9 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         result = pretrain(config, RayContext())
     except UserError as error:
         return {"user_error": str(error)}
+    except Diverged as error:
+        # Not a fault to recover from: the same steps again would end in the same place.
+        return {"diverged": str(error)}
     return {
         "step": result.step,
         "checkpoint": str(result.checkpoint),
@@ -58,7 +61,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
 def fit(config: Config) -> Result:
     """Run the loop on the config's workers, replacing lost ones; rerun to resume."""
-    with cluster(config):
+    with cluster(config, spare_cpus=1):
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"config": to_dict(config)},
@@ -81,4 +84,6 @@ def fit(config: Config) -> Result:
         found = trainer.fit().return_value
     if "user_error" in found:
         raise UserError(found["user_error"])
+    if "diverged" in found:
+        raise Diverged(found["diverged"])
     return Result(**{**found, "checkpoint": Path(found["checkpoint"])})

@@ -62,8 +62,12 @@ class Dataset:
     """[V, 10]"""
 
     @staticmethod
-    def open(folder: str | Path) -> Dataset:
-        """The dataset in `folder`; UserError if it is missing, incomplete or was changed."""
+    def open(folder: str | Path, *, answers: bool = False) -> Dataset:
+        """The dataset in `folder`; UserError if it is missing, incomplete or was changed.
+
+        Evaluation tasks come without their test outputs unless `answers` are asked for, which is
+        for scoring alone.
+        """
         folder = Path(folder)
         meta = read_meta(folder)
         tables = {name: _read_table(folder / name, meta) for name in TABLES}
@@ -73,7 +77,7 @@ class Dataset:
         return Dataset(
             folder=folder,
             meta=meta,
-            tasks=tuple(_task(row) for row in rows),
+            tasks=tuple(_task(row, answers) for row in rows),
             purposes=tuple(row["purpose"] for row in rows),
             task_of=variants["task"].to_numpy(),
             dihedral=variants["dihedral"].to_numpy(),
@@ -173,7 +177,7 @@ def _meta_digest(meta: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(meta).encode()).hexdigest()
 
 
-def _task(row: dict[str, Any]) -> Task:
+def _task(row: dict[str, Any], answers: bool) -> Task:
     def grid(value: dict[str, Any] | None) -> Grid | None:
         if value is None:
             return None
@@ -188,7 +192,8 @@ def _task(row: dict[str, Any]) -> Task:
             found.append(Pair(input=given, output=grid(value["output"])))
         return tuple(found)
 
-    return Task(id=row["id"], train=pairs(row["train"]), test=pairs(row["test"]))
+    task = Task(id=row["id"], train=pairs(row["train"]), test=pairs(row["test"]))
+    return task if answers or row["purpose"] == "training" else task.without_answers()
 
 
 def _read_table(path: Path, meta: dict[str, Any]) -> pa.Table:

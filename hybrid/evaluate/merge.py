@@ -32,7 +32,7 @@ def merge(
     results: dict[str, Any] = {
         "title": f"{config.logging.run}, {checkpoint.folder.name}",
         "oracle": False,
-        "protocol": protocol(config, dataset, checkpoint, tasks, trained_on),
+        "protocol": protocol(config, dataset, checkpoint, tasks, answered, trained_on),
         "spent": {
             key: sum(answered[task.id]["spent"][key] for task in tasks if task.id in answered)
             for key in ("rows", "act_steps", "seconds")
@@ -51,6 +51,7 @@ def protocol(
     dataset: Dataset,
     checkpoint: Checkpoint,
     tasks: Sequence[Task],
+    answered: Mapping[str, Prediction],
     trained_on: Sequence[str],
 ) -> dict[str, Any]:
     """What a reader must know to compare the number with another one."""
@@ -63,6 +64,8 @@ def protocol(
         "confident": "until the halt head says so",
     }
     same = checkpoint.state["dataset"]["fingerprint"] == dataset.fingerprint
+    voting = [test["variants"] for p in answered.values() for test in p["tests"]] or [0]
+    fewest, views = min(voting), max(voting)
     return {
         "sources": ", ".join(
             f"{name} ({dataset.meta['sources'][name]})"
@@ -73,10 +76,11 @@ def protocol(
         "training data": verdict(tasks, trained_on),
         "puzzle ids": "as trained" if same else "blank: the dataset is not the trained one",
         "attempts scored": "2 a test output",
-        "views voting": config.evaluation.variants or dataset.meta["config"]["variants"] + 1,
+        "views voting": views if fewest == views else f"{fewest} to {views}",
         "vote": "count, then mean halt probability; grids that are empty do not vote",
         "halting": halts[config.evaluation.halt],
         "weights": "moving average",
+        "computed on": "a GPU" if config.cluster.use_gpu else "CPUs",
         "checkpoint": str(checkpoint.folder),
         "checkpoint digest": checkpoint.digest[:16],
         "dataset fingerprint": dataset.fingerprint[:16],

@@ -13,7 +13,7 @@ from typing import Any
 from hybrid.arc import Task
 from hybrid.checkpoint import Checkpoint, newest, read
 from hybrid.config import Config, EvaluationConfig
-from hybrid.context import default_device
+from hybrid.context import compute_device
 from hybrid.dataset import Dataset
 from hybrid.errors import UserError, make_folder
 from hybrid.evaluate.merge import merge
@@ -30,6 +30,7 @@ class Job:
 
     checkpoint: Checkpoint
     config: EvaluationConfig
+    use_gpu: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ SolveAll = Callable[[Job, Sequence[Question]], Iterator[Prediction]]
 
 def local_solve_all(job: Job, questions: Sequence[Question]) -> Iterator[Prediction]:
     """One after the other in this process."""
-    solver = Solver(job.checkpoint, job.config, default_device())
+    solver = Solver(job.checkpoint, job.config, compute_device(job.use_gpu))
     for question in questions:
         yield solver.solve(question)
 
@@ -72,13 +73,14 @@ def evaluate(config: Config, solve_all: SolveAll, say: Callable[[str], None] = p
     resumed = len(answered)
     open_questions = [q for q in questions if q.task.id not in answered]
     say(f"{folder}: {len(asked)} tasks, {resumed} already answered")
-    job = Job(checkpoint=checkpoint, config=config.evaluation)
+    job = Job(checkpoint=checkpoint, config=config.evaluation, use_gpu=config.cluster.use_gpu)
     for prediction in solve_all(job, open_questions) if open_questions else ():
         answered[prediction["task"]] = prediction
         _write_json(folder / "predictions" / f"{prediction['task']}.json", prediction)
         say(f"{len(answered)}/{len(asked)} {prediction['task']}")
     # Answers are read here and nowhere above.
-    tasks = [dataset.tasks[task] for task in asked]
+    answers = Dataset.open(config.data_folder, answers=True)
+    tasks = [answers.tasks[task] for task in asked]
     trained_on = json.loads((checkpoint.folder / "trained_on.json").read_text())
     results = merge(config, dataset, checkpoint, tasks, answered, trained_on)
     _write_results(folder, tasks, answered, results)
@@ -117,7 +119,7 @@ def _question(
     if config.variants is not None:
         stop = min(stop, first + config.variants)
     return Question(
-        task=dataset.tasks[task].without_answers(),
+        task=dataset.tasks[task],
         views=tuple(dataset.augmentation(variant) for variant in range(first, stop)),
         identifiers=range(first + 1, stop + 1) if same_dataset else range(0),
     )
@@ -126,7 +128,7 @@ def _question(
 def _name(config: Config, checkpoint: Checkpoint, dataset: Dataset) -> str:
     """Evaluations that could differ in an answer have different folders."""
     settings = {key: getattr(config.evaluation, key) for key in AFFECTS_ANSWERS}
-    key = json.dumps([settings, checkpoint.digest, dataset.fingerprint])
+    key = json.dumps([settings, config.cluster.use_gpu, checkpoint.digest, dataset.fingerprint])
     return f"{checkpoint.folder.name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
 
 
@@ -135,6 +137,7 @@ def _on_disk(folder: Path, task: Task) -> Prediction | None:
     try:
         found: Prediction = json.loads((folder / "predictions" / f"{task.id}.json").read_text())
         whole = found["task"] == task.id and len(found["tests"]) == len(task.test)
+        whole = whole and "spent" in found and all("candidates" in test for test in found["tests"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found if whole else None

@@ -253,4 +253,5 @@ def _describe(
 
 
 def _wait_for_all(context: RunContext) -> None:
-    context.sum_(torch.zeros(1, device=context.device))
+    # Read, because on a GPU the sum is only enqueued: the files must wait, not the stream.
+    context.sum_(torch.zeros(1, device=context.device)).item()

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hybrid.trm.config import TRMConfig
 from hybrid.trm.layers import Block, Linear, Rotary, rotary_table, truncated_normal_
@@ -180,14 +181,15 @@ class TRM(nn.Module):
     def _embed(self, current: Batch, puzzle_rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """x [B, P+L, D], and the puzzle rows in it (a leaf while training)."""
         D, P = self.config.hidden_size, self.config.prefix
-        x = self.embed_tokens.to(self.dtype)[current["inputs"].long()]
+        # F.embedding, not indexing: on two threads the gradient of indexing is summed in any order.
+        x = F.embedding(current["inputs"].long(), self.embed_tokens.to(self.dtype))
         if P:
             if puzzle_rows is None:
                 puzzle_rows = self.puzzle_table[current["puzzle_identifiers"].long()]
                 if self.training and torch.is_grad_enabled():
                     puzzle_rows = puzzle_rows.detach().requires_grad_()
             rows = puzzle_rows.to(self.dtype)
-            padded = nn.functional.pad(rows, (0, P * D - rows.shape[-1]))
+            padded = F.pad(rows, (0, P * D - rows.shape[-1]))
             x = torch.cat((padded.view(-1, P, D), x), dim=1)
         if self.config.pos_encodings == "learned":
             x = 0.707106781 * (x + self.embed_pos.to(self.dtype))

@@ -58,7 +58,7 @@ def test_ray_data_gives_the_rows_of_the_local_stream_in_its_order(
     stream = Stream(Dataset.open(prepared), seed=3)
     slots, first = range(2, 6), 7
     made = islice(ray_stream.ray_rounds(stream, slots, 8, first), 23)  # three pipelines
-    wanted = islice(LocalContext().rounds(stream, slots, 8, first), 23)
+    wanted = islice(LocalContext(torch.device("cpu")).rounds(stream, slots, 8, first), 23)
     for ours, theirs in zip(made, wanted, strict=True):
         assert ours.keys() == theirs.keys()
         for name in theirs:

@@ -96,9 +96,21 @@ def test_the_original_leads_and_identifiers_are_variants_and_the_blank(
 
 def test_tasks_come_back_as_they_were(configure: Configure, tmp_path: Path, arc1: Arc) -> None:
     prepare(configure().data, tmp_path / "d", quiet)
-    dataset = Dataset.open(tmp_path / "d")
+    dataset = Dataset.open(tmp_path / "d", answers=True)
     assert list(dataset.tasks) == [arc1[task.id] for task in dataset.tasks]
     assert [dataset.tasks[t].id for t in dataset.asked] == sorted(ASKED)
+
+
+def test_answers_are_not_even_in_memory_unless_asked_for(
+    configure: Configure, tmp_path: Path
+) -> None:
+    """Training workers and Ray Data tasks open the dataset too; only scoring asks for answers."""
+    prepare(configure().data, tmp_path / "d", quiet)
+    dataset = Dataset.open(tmp_path / "d")
+    tests = [pair for task in dataset.asked for pair in dataset.tasks[task].test]
+    assert tests and all(pair.output is None for pair in tests)
+    trained = set(range(len(dataset.tasks))) - set(dataset.asked)
+    assert all(pair.output is not None for task in trained for pair in dataset.tasks[task].test)
 
 
 def test_a_task_with_few_variants_has_few_rows(tmp_path: Path, arc1: Arc) -> None:
@@ -135,14 +147,13 @@ def test_no_answer_shows_in_anything_but_the_answers(
     write_tasks(tmp_path / "evaluation", garbage)
     prepare(data, tmp_path / "poisoned", quiet)
     clean, poisoned = (Dataset.open(tmp_path / name) for name in ("clean", "poisoned"))
-    assert clean.tasks != poisoned.tasks, "nothing was poisoned"
+    answers = [Dataset.open(d.folder, answers=True).tasks for d in (clean, poisoned)]
+    assert answers[0] != answers[1], "nothing was poisoned"
     variants = [content(d.folder)["variants.parquet"] for d in (clean, poisoned)]
     assert variants[0] == variants[1]
     assert clean.fingerprint == poisoned.fingerprint
     assert clean.meta["counts"] == poisoned.meta["counts"]
-    assert [task.without_answers() for task in clean.tasks] == [
-        task.without_answers() for task in poisoned.tasks
-    ]
+    assert clean.tasks == poisoned.tasks
     two_epochs = np.arange(2 * len(Stream(clean, 0)))
     rows = [Stream(dataset, 0).rows(two_epochs) for dataset in (clean, poisoned)]
     assert all(np.array_equal(rows[0][name], rows[1][name]) for name in rows[0])

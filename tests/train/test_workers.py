@@ -34,7 +34,7 @@ def together(start: Callable[..., BaseProcess], tmp_path: Path) -> Together:
         store = tmp_path / f"store-{config.logging.run}"
         ranks = [start(pretrain_as_rank, rank, 2, store, config, adamw) for rank in range(2)]
         for process in ranks:
-            process.join()
+            process.join(60)
         assert [process.exitcode for process in ranks] == [0, 0]
 
     return run

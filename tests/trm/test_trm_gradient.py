@@ -158,3 +158,29 @@ def test_evaluating_first_does_not_spoil_training(tiny: Tiny, batch_of: BatchOf)
     model.train()
     loss_of(model, model.initial_carry(batch), batch, None).backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_two_threads_sum_the_gradient_in_one_order() -> None:
+    """Indexing the embedding sums its gradient with atomics, in whatever order threads come."""
+    config = TRMConfig(
+        hidden_size=128,
+        num_heads=4,
+        seq_len=36,
+        H_cycles=1,
+        L_cycles=1,
+        puzzle_emb_ndim=128,
+        puzzle_emb_len=2,
+    )
+    model = TRM(config).train()
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 12, (64, 36), generator=draw, dtype=torch.int32)
+    batch = {"inputs": tokens, "labels": tokens, "puzzle_identifiers": torch.zeros(64).int()}
+    torch.set_num_threads(2)
+    found = []
+    for _ in range(8):
+        model.zero_grad()
+        _, outputs = model.act_step(model.initial_carry(batch), batch)
+        torch.autograd.backward(outputs.logits.square().sum())
+        assert model.embed_tokens.grad is not None
+        found.append(model.embed_tokens.grad.clone())
+    assert all(torch.equal(grad, found[0]) for grad in found)
