@@ -8,7 +8,8 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from hybrid.arc import Task
 from hybrid.checkpoint import newest, read
 from hybrid.config import Config
 from hybrid.context import LocalContext
-from hybrid.dataset import prepare
+from hybrid.dataset import Stream, prepare
+from hybrid.dataset.stream import Rows
 from hybrid.errors import UserError
 from hybrid.train import Result, pretrain
 
@@ -180,11 +182,35 @@ def test_a_damaged_newest_checkpoint_is_passed_over(going_on: GoingOn, train: Tr
 
 
 def test_a_partial_checkpoint_is_ignored_and_removed(going_on: GoingOn, train: Train) -> None:
+    """One of the next step too, by more workers: nothing of it may get into the new one."""
     config = going_on("a", training={"steps": 2})
     checkpoints = config.run_folder / "checkpoints"
-    shutil.copytree(checkpoints / "step_00000001", checkpoints / "step_00000009.partial")
-    assert train(config).step == 2
+    for step in (2, 9):
+        partial = checkpoints / f"step_{step:08d}.partial"
+        shutil.copytree(checkpoints / "step_00000001", partial)
+        shutil.copy(
+            partial / "slots_000000_000006.safetensors", partial / "slots_000000_000003.safetensors"
+        )
+    checkpoint = train(config).checkpoint
+    assert {path.name for path in checkpoint.iterdir()} == WRITTEN.keys()
     assert sorted(p.name for p in checkpoints.iterdir()) == ["step_00000001", "step_00000002"]
+
+
+def test_the_stream_is_resumed_where_the_slowest_slot_is(going_on: GoingOn, train: Train) -> None:
+    """Rows that every slot has had are not made again: late in a run they are millions."""
+    firsts: list[int] = []
+
+    class Listening(LocalContext):
+        def rounds(self, stream: Stream, slots: range, total: int, first: int) -> Iterator[Rows]:
+            firsts.append(first)
+            return super().rounds(stream, slots, total, first)
+
+    config = going_on("a", training={"steps": 12})
+    folder = train(config).checkpoint
+    longer = replace(config, training=replace(config.training, steps=13))
+    pretrain(longer, Listening(CPU.device))
+    slowest = int(load_file(folder / "slots_000000_000006.safetensors")["taken"].min())
+    assert firsts == [slowest] and slowest > 0
 
 
 def test_a_changed_key_is_named_with_both_values(going_on: GoingOn, train: Train) -> None:
