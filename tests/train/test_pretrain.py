@@ -17,10 +17,12 @@ from safetensors.torch import load_file
 from hybrid.checkpoint import read
 from hybrid.config import Config
 from hybrid.dataset import Dataset, Stream, prepare
+from hybrid.dataset.stream import Rows
 from hybrid.errors import UserError
-from hybrid.train import Result, estimate, total_steps
+from hybrid.train import Result, estimate, pretrain, total_steps
 from hybrid.train.pretrain import trained_on
 from hybrid.train.progress import _last
+from hybrid.trm import TRM
 
 GoingOn = Callable[..., Config]
 Train = Callable[[Config], Result]
@@ -79,6 +81,23 @@ def test_metrics_say_what_happened(going_on: GoingOn, train: Train) -> None:
         config.run_folder / "checkpoints" / "step_00000008" / "slots_000000_000006.safetensors"
     )["taken"]
     assert lines[-1]["epoch"] == pytest.approx(int(taken.sum()) / 27)
+
+
+def test_probes_see_the_averaged_weights_and_training_does_not(
+    going_on: GoingOn, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def look(model: TRM, rows: Rows, batch_size: int) -> float:
+        seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        return 0.0
+
+    monkeypatch.setitem(pretrain.__globals__, "exact_accuracy", look)
+    folder = train(going_on("a", training={"steps": 3})).checkpoint
+    average, last = (load_file(folder / f"{name}.safetensors") for name in ("average", "model"))
+    assert len(seen) == 1
+    for name, value in seen[0].items():
+        assert torch.equal(value, average[name]) and not torch.equal(value, last[name]), name
 
 
 def test_a_checkpoint_says_what_it_is(going_on: GoingOn, train: Train) -> None:
