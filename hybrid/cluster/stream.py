@@ -16,7 +16,7 @@ from hybrid.errors import UserError
 ROWS_PER_BLOCK = 256
 """Small blocks: the first one is what a worker waits for."""
 BLOCKS_PER_PIPELINE = 256
-"""A pipeline covers so many blocks, then the next one starts (about half a second)."""
+"""A pipeline covers so many blocks, then the next one starts, a short pause each time."""
 
 
 def ray_rounds(stream: Stream, slots: range, total_slots: int, first: int) -> Iterator[Rows]:
