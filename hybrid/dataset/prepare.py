@@ -48,9 +48,9 @@ def prepare(config: DataConfig, folder: str | Path, say: Say = print) -> dict[st
     """Write the dataset that `config` describes to `folder`; returns dataset.json.
 
     A dataset of the same config and sources that is already there is left as it is. The same
-    config gives the same bytes. `folder` changes by renames alone: a killed run leaves no half dataset.
-    Raises UserError for bad sources, for a folder with anything but a dataset in it and, with
-    on_overlap=refuse, for contamination.
+    config gives the same bytes. `folder` changes by renames alone: a killed run leaves no half
+    dataset. Raises UserError for bad sources, for a folder with anything but a dataset in it and,
+    with on_overlap=refuse, for contamination.
     """
     folder = Path(folder)
     versions = {source: source_version(source) for source in _sources(config)}
