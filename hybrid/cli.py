@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from hybrid import config as configs
 from hybrid.config import Config
 from hybrid.errors import UserError
-from hybrid.train import estimate
+from hybrid.train import Result, estimate
 
 
 class _Parser(argparse.ArgumentParser):
@@ -21,8 +21,11 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help shows the usage)")
 
 
-def main(usage: str | None, run: Callable[[Config], Any]) -> NoReturn:
-    """Parse the command line, run, exit: 0 done, 2 wrong input (one line), 1 anything else."""
+def main(usage: str | None, run: Callable[[Config], Any], trains: str = "trm") -> NoReturn:
+    """Parse the command line, run, exit: 0 done, 2 wrong input (one line), 1 anything else.
+
+    `trains`: trm or hybrid, what a dry run estimates the memory of.
+    """
     parser = _Parser(description=usage)
     parser.add_argument("--config", required=True, help="YAML file of an experiment")
     parser.add_argument("--dry-run", action="store_true", help="say what would run, and exit")
@@ -36,10 +39,18 @@ def main(usage: str | None, run: Callable[[Config], Any]) -> NoReturn:
         config = configs.load(arguments.config, arguments.overrides)
         if arguments.dry_run:
             print(configs.dump(config))
-            print(estimate(config))
+            print(estimate(config, trains))
         else:
             run(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)
+
+
+def say_result(result: Result) -> None:
+    """What a training run has learned, and where it is."""
+    if result.trained is not None:
+        before = "not measured" if result.untrained is None else f"{result.untrained:.1%}"
+        print(f"training pairs exactly right: untrained {before}, trained {result.trained:.1%}")
+    print(f"step {result.step}: {result.checkpoint}")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from hybrid.adapters import AdapterConfig
 from hybrid.dataset import DataConfig
 from hybrid.errors import UserError, check_fields
+from hybrid.llm.config import LlamaConfig
+from hybrid.solver.config import FeedbackConfig
 from hybrid.trm import TRMConfig
 from hybrid.validation import adapter, known_only, parse_yaml, unknown_keys, wrong_values
 
@@ -25,13 +28,35 @@ class PathsConfig:
     """The prepared dataset; root/arc/processed when not given."""
     runs: str | None = None
     """Run folders: checkpoints, metrics, logs, evaluations; root/runs when not given."""
+    models: str | None = None
+    """Language models converted from GGUF; root/models when not given."""
+    encodings: str | None = None
+    """Problem encodings of jobs/encode.py; root/encodings when not given."""
 
     def absolute(self) -> PathsConfig:
         """The same with every path absolute: workers run in other folders."""
         root = _absolute(self.root)
         data = _absolute(self.data) if self.data else root / "arc" / "processed"
-        runs = _absolute(self.runs) if self.runs else root / "runs"
-        return PathsConfig(root=str(root), data=str(data), runs=str(runs))
+        others = {
+            name: str(_absolute(getattr(self, name) or str(root / name)))
+            for name in ("runs", "models", "encodings")
+        }
+        return PathsConfig(root=str(root), data=str(data), **others)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TRMSection(TRMConfig):
+    """The model, and what it starts from."""
+
+    init_from: str | None = None
+    """A checkpoint folder of the same sizes, or the name of a run under paths.runs, whose newest is
+    meant: a new run starts with its averaged weights, and with its puzzle rows where the dataset is
+    the same, else with their mean."""
+
+    @property
+    def model(self) -> TRMConfig:
+        """The model alone."""
+        return TRMConfig(**{f.name: getattr(self, f.name) for f in fields(TRMConfig)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +85,24 @@ class TrainingConfig:
     keep_checkpoints: int = 2
     probe_pairs: int = 256
     """Training pairs on which exact accuracy is measured before and after; 0 measures nothing."""
+    variants: int | None = None
+    """Variants of a task that rows are drawn from, the original first; all when not given."""
+    freeze_trunk: float = 0.0
+    """Part of the run, from its start, in which only the puzzle table learns: what test-time
+    training does with new puzzles before it touches the weights."""
+    clip_norm: float | None = None
+    """Largest norm of the gradient over all weights; none when not given."""
+    blank_puzzle_prob: float = 0.0
+    """Chance that a row is trained with the blank puzzle id, so that a task unknown in training can
+    be solved from what is read of it."""
+    max_attempts: int = 16
+    """Attempts of the hybrid at a puzzle."""
+    act_steps: int = 1
+    """ACT steps of an attempt."""
+    bptt_attempts: int = 2
+    """Attempts that gradient flows back through; memory grows with it, not with max_attempts."""
+    recompute: bool = True
+    """Gradient checkpointing: the hybrid's activations are made again for backward, not kept."""
 
     def __post_init__(self) -> None:
         problems = check_fields(
@@ -71,7 +114,9 @@ class TrainingConfig:
             epochs=(0, 10**12),
             seed=(0, 2**63),
             **dict.fromkeys(("beta1", "beta2", "ema_rate"), (0, 1 - 1e-09)),
-            lr_min_ratio=(0, 1),
+            **dict.fromkeys(("lr_min_ratio", "freeze_trunk", "blank_puzzle_prob"), (0, 1)),
+            **dict.fromkeys(("variants", "max_attempts", "act_steps", "bptt_attempts"), (1, None)),
+            clip_norm=(1e-9, None),
         )
         if self.epochs is not None and self.steps is not None:
             problems.append("epochs and steps are both given: give one")
@@ -94,9 +139,19 @@ class EvaluationConfig:
     """Rows an actor runs at a time."""
     limit: int | None = None
     """Ask only the first so many tasks; the report calls the score that of a subset."""
+    max_attempts: int | None = None
+    """Attempts of the hybrid; as many as in training when not given."""
+    puzzle_ids: Literal["trained", "blank"] = "trained"
+    """blank asks without the puzzle's own row: what is known of the task must be read."""
+    text: Literal["own", "shuffled"] = "own"
+    """shuffled has each task read another one's problem: what does the text contribute?"""
+    baseline: bool = True
+    """Also spend the attempts that self-correction took on more views with one attempt each."""
+    beside: tuple[str, ...] = ()
+    """Runs whose newest evaluation of the same questions is shown beside this one."""
 
     def __post_init__(self) -> None:
-        names = ("variants", "act_steps", "batch_size", "limit")
+        names = ("variants", "act_steps", "batch_size", "limit", "max_attempts")
         problems = check_fields(self, **dict.fromkeys(names, (1, None)))
         if (self.halt == "fixed") != (self.act_steps is not None):
             problems.append("act_steps goes with halt=fixed, and only with it")
@@ -149,7 +204,10 @@ class Config:
 
     paths: PathsConfig = field(default_factory=PathsConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    trm: TRMConfig = field(default_factory=TRMConfig)
+    trm: TRMSection = field(default_factory=TRMSection)
+    llama: LlamaConfig = field(default_factory=LlamaConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    feedback: FeedbackConfig = field(default_factory=FeedbackConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -166,6 +224,18 @@ class Config:
         """Where the prepared dataset is."""
         assert self.paths.data is not None
         return Path(self.paths.data)
+
+    @property
+    def models_folder(self) -> Path:
+        """Where converted language models are."""
+        assert self.paths.models is not None
+        return Path(self.paths.models)
+
+    @property
+    def encodings_folder(self) -> Path:
+        """Where problem encodings are."""
+        assert self.paths.encodings is not None
+        return Path(self.paths.encodings)
 
 
 DERIVED = {
@@ -202,7 +272,11 @@ def from_dict(
     if found:
         raise UserError(f"{where}: " + "; ".join(found))
     config: Config = adapter(Config).validate_python(known)
-    return replace(config, paths=config.paths.absolute())
+    config = replace(config, paths=config.paths.absolute())
+    start = config.trm.init_from
+    if start and os.path.exists(os.path.expanduser(start)):
+        config = replace(config, trm=replace(config.trm, init_from=str(_absolute(start))))
+    return config
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -213,6 +287,7 @@ def to_dict(config: Config) -> dict[str, Any]:
         del raw[section][key]
     raw["data"]["training"] = list(config.data.training)
     raw["data"]["evaluation"] = list(config.data.evaluation)
+    raw["evaluation"]["beside"] = list(config.evaluation.beside)
     return raw
 
 
@@ -273,13 +348,17 @@ def _absolute(path: str) -> Path:
 
 
 __all__ = [
+    "AdapterConfig",
     "ClusterConfig",
     "Config",
     "DataConfig",
     "EvaluationConfig",
+    "FeedbackConfig",
+    "LlamaConfig",
     "LoggingConfig",
     "PathsConfig",
     "TRMConfig",
+    "TRMSection",
     "TrainingConfig",
     "differences",
     "dump",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hybrid import checkpoint
@@ -21,7 +22,10 @@ from hybrid.arc import Pair, Task
 from hybrid.config import Config, from_dict
 from hybrid.context import ProcessGroupContext
 from hybrid.dataset import Dataset, Stream
-from hybrid.train import pretrain, state
+from hybrid.evaluate import Job, Outcome, Question, evaluate, local_solve_all
+from hybrid.evaluate.run import SolveAll
+from hybrid.evaluate.solve import Prediction
+from hybrid.train import state
 
 TRAINED = ("49d1d64f", "74dd1130", "d631b094")
 ASKED = ("25ff71a9", "44f52bb0", "d037b0a7")
@@ -67,6 +71,16 @@ def config_of(root: Path, **sections: dict[str, Any]) -> Config:
     return from_dict(raw)
 
 
+def hybrid_of(root: Path, **sections: dict[str, Any]) -> Config:
+    """The same around a language model that knows nothing, three attempts a puzzle."""
+    keys: dict[str, dict[str, Any]] = {
+        "llama": {"model": "tiny-random"},
+        "adapter": {"hidden": 16, "prefix_tokens": 2, "lr": 1e-3},
+        "training": {"max_attempts": 3},
+    }
+    return config_of(root, **{s: keys.get(s, {}) | sections.get(s, {}) for s in keys | sections})
+
+
 def write_tasks(folder: Path, tasks: Iterable[Task]) -> None:
     """One JSON file a task, as in the official repositories; unknown outputs have no key."""
 
@@ -98,6 +112,49 @@ def metrics(run_folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in times} for line in lines]
 
 
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """All of a checkpoint, the slots of its workers joined in order."""
+    slots = [load_file(file) for file in sorted(folder.glob("slots_*"))]
+    joined = {name: torch.cat([part[name] for part in slots]) for name in slots[0]}
+    for file in ("model", "average", "optimizer", "puzzle_table"):
+        joined |= {f"{file}.{k}": v for k, v in load_file(folder / f"{file}.safetensors").items()}
+    return joined
+
+
+def assert_close(one: Path, other: Path, rtol: float = 1e-4, atol: float = 1e-5) -> None:
+    """Two checkpoints are the same to rounding; whole numbers are the same. 0, 0: bit for bit."""
+    a, b = tensors(one), tensors(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        if a[name].is_floating_point() and atol:
+            torch.testing.assert_close(a[name], b[name], rtol=rtol, atol=atol, msg=name)
+        else:
+            assert torch.equal(a[name], b[name]), f"{name} differs"
+
+
+def quietly(config: Config, solve_all: SolveAll = local_solve_all) -> Outcome:
+    """Evaluate without a word."""
+    return evaluate(config, solve_all, say=lambda line: None)
+
+
+def predictions(folder: Path) -> dict[str, Any]:
+    """By task, without the seconds they took."""
+    found = {p.stem: json.loads(p.read_text()) for p in (folder / "predictions").glob("*.json")}
+    for prediction in found.values():
+        del prediction["spent"]["seconds"]
+    return found
+
+
+def recording(asked: list[Question], solve_all: SolveAll = local_solve_all) -> SolveAll:
+    """Answers as `solve_all` does, and keeps the questions."""
+
+    def record(job: Job, questions: Sequence[Question]) -> Iterator[Prediction]:
+        asked.extend(questions)
+        return solve_all(job, questions)
+
+    return record
+
+
 class StuckAt:
     """A `say` that never returns from the first line with `word` in it."""
 
@@ -118,15 +175,20 @@ def save_rows(dataset: Path, seed: int, positions: Mapping[str, list[int]], file
     np.savez(file, **{f"{part}.{k}": v for part, found in made.items() for k, v in found.items()})
 
 
-def pretrain_as_rank(
-    rank: int, world_size: int, store: Path, config: Config, adamw: bool = False
+def train_as_rank(
+    loop: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    store: Path,
+    config: Config,
+    adamw: bool = False,
 ) -> None:
     """One of several training processes that meet over the loopback."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     if adamw:
         state.AdamAtan2 = ClippedAdamW  # type: ignore[assignment, misc]
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    pretrain(config, ProcessGroupContext(torch.device("cpu")))
+    loop(config, ProcessGroupContext(torch.device("cpu")))
     dist.destroy_process_group()
 
 
@@ -144,12 +206,12 @@ class ClippedAdamW:
         self.m = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self.v = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: Mapping[str, float]) -> None:
         for name, parameter in self.parameters.items():
             assert parameter.grad is not None
             self.m[name].copy_(parameter.grad)
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), 0.3)
-        self.adamw.param_groups[0]["lr"] = lr
+        [self.adamw.param_groups[0]["lr"]] = set(lr.values())
         self.adamw.step()
 
 
@@ -164,12 +226,16 @@ def stop_in_seal(partial: Path, folder: Path, reached: Event) -> None:
     checkpoint.seal(partial, folder, {"step": 4}, {"config.yaml": "a: 1\n"})
 
 
-def change_weights(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+def change_weights(
+    folder: Path,
+    change: Callable[[dict[str, Tensor]], None],
+    files: Sequence[str] = ("model", "average"),
+) -> None:
     """Write a checkpoint again, `change` applied to the model's tensors and to their average."""
     whole, partial = checkpoint.read(folder), folder.with_suffix(".partial")
     for path in whole.files(""):
         tensors = whole.tensors(path.stem)
-        if path.stem in ("model", "average"):
+        if path.stem in files:
             change(tensors)
         checkpoint.write_tensors(partial, path.stem, tensors)
     texts = {name: (folder / name).read_text() for name in ("config.yaml", "trained_on.json")}
@@ -180,5 +246,11 @@ def change_weights(folder: Path, change: Callable[[dict[str, Tensor]], None]) ->
 def undecided(tensors: dict[str, Tensor]) -> None:
     """Give a model a halt head that stops some rows early: a new one stops none."""
     generator = torch.Generator().manual_seed(11)  # of the first dozen the one that mixes best
-    tensors["q_head.weight"].normal_(generator=generator)
-    tensors["q_head.bias"].zero_()
+    trm = "" if "q_head.weight" in tensors else "trm."  # inside a hybrid
+    tensors[f"{trm}q_head.weight"].normal_(generator=generator)
+    tensors[f"{trm}q_head.bias"].zero_()
+
+
+def scattered(tensors: dict[str, Tensor]) -> None:
+    """Give every puzzle a row of its own, the blank one included."""
+    tensors["puzzle_table"].normal_(generator=torch.Generator().manual_seed(5))

@@ -40,17 +40,20 @@ TASK = f"tasks/training/{FIRST}.json"
 DATA = "arc/processed"
 RUN = "runs/exp"
 STEP = f"{RUN}/checkpoints/step_00000001"
+TINY = "llama.model=tiny-random"
+HYBRID = ("logging.run=hybrid", TINY)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, arc1: dict[str, Task]) -> Path:
-    """exp.yaml and its tasks, dataset and run of one step, with relative paths throughout."""
+    """exp.yaml, its tasks, dataset and a run of each kind of one step; relative paths throughout."""
     root = tmp_path_factory.mktemp("finished")
     write_tasks(root / "tasks/training", [arc1[task] for task in TRAINED])
     write_tasks(root / "tasks/evaluation", [arc1[task] for task in ASKED])
     (root / "exp.yaml").write_text(EXPERIMENT)
     with contextlib.chdir(root):
         assert [call("prepare"), call("pretrain")] == [0, 0]
+        assert call("joint", *HYBRID, "training.max_attempts=2", "trm.init_from=exp") == 0
     return root
 
 
@@ -419,6 +422,71 @@ EVALUATION = {
     "fixed at nothing": override("evaluation.halt=fixed", "evaluation.act_steps", job="evaluate"),
 }
 
+
+def joint(
+    text: str, *says: str, run: str = "new", job: str = "joint", also: tuple[str, ...] = ()
+) -> Case:
+    return Case(job=job, says=says, arguments=(f"logging.run={run}", TINY, *also, text))
+
+
+def hybrid(text: str, *says: str, also: tuple[str, ...] = ()) -> Case:
+    return Case(job="evaluate", says=says, arguments=(*HYBRID, *also, text))
+
+
+HYBRIDS = {
+    "no such model": joint("llama.model=./nowhere", "llama.model", "nowhere: no such file"),
+    "a model that does not exist": joint(
+        "llama.model=meta-llama/Llama-3.2-8B-Instruct", "llama.model", "Llama-3.1-8B-Instruct"
+    ),
+    "a model that is neither": joint("llama.model=./exp.yaml", "exp.yaml", "folder or a .gguf"),
+    "a folder that is no model": joint("llama.model=./tasks", "llama.model", "tasks"),
+    "encodings of a model in training": joint(
+        "llama.encodings=true", "llama.encodings", "frozen", also=("llama.frozen=false",)
+    ),
+    "an adapter of one layer": joint("adapter.layers=1", "adapter.layers", "1"),
+    "no attempt": joint("training.max_attempts=0", "training.max_attempts", "0"),
+    "views in training": joint("feedback.source=vote", "feedback.source=vote is for evaluation"),
+    "held-out pairs in training": joint("feedback.source=demos", "feedback.source=demos is for"),
+    "unknown feedback": joint("feedback.source=voting", "feedback.source", "'voting'"),
+    "a start that is none": joint("trm.init_from=exq", "trm.init_from: exq", "no run in"),
+    "a start of another size": joint(
+        "trm.L_cycles=2",
+        "trm.init_from",
+        "trm.L_cycles 1 there, 2 here",
+        also=("trm.init_from=exp",),
+    ),
+    "a start without puzzles": joint(
+        "trm.puzzle_emb_ndim=0", "trm.puzzle_emb_ndim 16 there, 0 here", also=("trm.init_from=exp",)
+    ),
+    "a damaged start": Case(
+        job="joint",
+        says=(f"{STEP}/average.safetensors", "damaged"),
+        spoil=flip_bit(f"{STEP}/average.safetensors"),
+        arguments=("logging.run=new", TINY, f"trm.init_from={STEP}"),
+    ),
+    "a run of the TRM": joint("training.steps=2", RUN, "kind trm, not hybrid", run="exp"),
+    "a run of the hybrid": joint(
+        "training.steps=2", "runs/hybrid", "kind hybrid, not trm", run="hybrid", job="pretrain"
+    ),
+    "another reader in an old run": Case(
+        job="joint",
+        says=("runs/hybrid", "llama.prefix: 'attempt' -> 'problem'"),
+        arguments=(*HYBRID, "training.max_attempts=2", "llama.prefix=problem"),
+    ),
+    "no encodings wanted": joint("llama.batch_size=2", "llama.encodings is false", job="encode"),
+    "none held out": hybrid("feedback.source=demos", "no demonstration was held out"),
+    "nobody to compare with": hybrid(
+        "evaluation.variants=1", "feedback.source=vote", "one view", also=("feedback.source=vote",)
+    ),
+    "nobody beside": hybrid("evaluation.beside=[nobody]", "evaluation.beside", "runs/nobody"),
+    "no such model to ask with": hybrid("llama.model=./nowhere", "llama.model", "nowhere"),
+    "too many held out": Case(
+        job="prepare",
+        says=("data.hold_out_demos=5", ASKED[0]),
+        arguments=("data.hold_out_demos=5", "paths.data=held"),
+    ),
+}
+
 CASES = {
     f"{group}: {name}": case
     for group, cases in {
@@ -429,6 +497,7 @@ CASES = {
         "dataset": DATASETS,
         "training": TRAINING,
         "evaluation": EVALUATION,
+        "hybrid": HYBRIDS,
     }.items()
     for name, case in cases.items()
 }

@@ -249,14 +249,21 @@ LENGTH = keys(steps=COUNTS, epochs=st.none()) | keys(steps=st.none(), epochs=st.
 HALT = keys(halt=st.sampled_from(["published", "confident"]), act_steps=st.none()) | keys(
     halt=st.just("fixed"), act_steps=COUNTS
 )
+READS = keys(
+    frozen=st.booleans(), encodings=st.just(False), prefix=st.sampled_from(["attempt", "problem"])
+) | keys(frozen=st.just(True), encodings=st.booleans(), prefix=st.just("attempt"))
 VALID = {
-    "paths": keys(root=NAMES, data=maybe(NAMES), runs=maybe(NAMES)),
+    "paths": keys(
+        root=NAMES,
+        **dict.fromkeys(("data", "runs", "models", "encodings"), maybe(NAMES)),
+    ),
     "data": keys(
         training=st.lists(NAMES, min_size=1),
         evaluation=st.lists(NAMES),
         variants=st.integers(0, 10**6),
         max_side=st.integers(1, 30),
         on_overlap=st.sampled_from(["refuse", "drop"]),
+        hold_out_demos=st.integers(0, 10),
         seed=st.integers(0, 2**63),
     ),
     "trm": both(
@@ -272,6 +279,7 @@ VALID = {
             rope_theta=st.floats(1, 1e9),
             rms_norm_eps=SHARES,
             mlp_t=st.booleans(),
+            init_from=maybe(NAMES),
             forward_dtype=st.sampled_from(["auto", "float32", "bfloat16", "float64"]),
         ),
     ),
@@ -292,12 +300,53 @@ VALID = {
             save_every=COUNTS,
             keep_checkpoints=COUNTS,
             probe_pairs=COUNTS,
+            variants=maybe(COUNTS),
+            freeze_trunk=SHARES,
+            clip_norm=maybe(st.floats(1e-9, 1e9)),
+            blank_puzzle_prob=SHARES,
+            max_attempts=COUNTS,
+            act_steps=COUNTS,
+            bptt_attempts=COUNTS,
+            recompute=st.booleans(),
         ),
+    ),
+    "llama": both(
+        READS,
+        keys(
+            model=st.text(min_size=1, max_size=8),
+            revision=maybe(NAMES),
+            lr=POSITIVE,
+            dtype=st.sampled_from(["auto", "float32", "bfloat16", "float64"]),
+            max_prompt_tokens=st.integers(16, 10**6),
+            max_new_tokens=st.integers(0, 10**6),
+            batch_size=COUNTS,
+        ),
+    ),
+    "adapter": keys(
+        hidden=COUNTS,
+        layers=st.integers(2, 8),
+        prefix_tokens=st.integers(1, 256),
+        inject=st.sampled_from(["none", "carry", "input", "both"]),
+        lr=POSITIVE,
+    ),
+    "feedback": keys(
+        source=st.sampled_from(["none", "confidence", "vote", "demos", "oracle"]),
+        threshold=SHARES,
+        history=st.integers(0, 99),
+        cells=st.integers(0, 5),
     ),
     "evaluation": both(
         HALT,
         keys(
-            checkpoint=maybe(NAMES), variants=maybe(COUNTS), batch_size=COUNTS, limit=maybe(COUNTS)
+            checkpoint=maybe(NAMES),
+            variants=maybe(COUNTS),
+            batch_size=COUNTS,
+            limit=maybe(COUNTS),
+            max_attempts=maybe(COUNTS),
+            puzzle_ids=st.sampled_from(["trained", "blank"]),
+            text=st.sampled_from(["own", "shuffled"]),
+            baseline=st.booleans(),
+            beside=st.lists(NAMES),
         ),
     ),
     "cluster": keys(

@@ -31,6 +31,9 @@ NAMES = """
 hybrid.arc: load_tasks Task Pair encode_grid tokens_to_grid Augmentation score
 hybrid.trm: TRM TRMConfig TRM.initial_carry TRM.act_step
 hybrid.trm.upstream: load
+hybrid.llm: open_reader LlamaConfig format_problem_text
+hybrid.adapters: TextToLatentAdapter LatentToTextAdapter AdapterConfig
+hybrid.solver: HybridSolver attempts grid_to_feedback
 """
 PROMISED = [
     (module, name)
@@ -135,7 +138,10 @@ def test_promised_names_are_there_and_documented(module: str, name: str) -> None
     assert any(re.search(rf"\b{re.escape(name)}\b", heading) for heading in headings)
 
 
-@pytest.mark.parametrize("module", ["hybrid.arc", "hybrid.trm", "hybrid.dataset", "hybrid.config"])
+@pytest.mark.parametrize(
+    "module",
+    ["hybrid.arc", "hybrid.trm", "hybrid.llm", "hybrid.solver", "hybrid.dataset", "hybrid.config"],
+)
 def test_what_a_room_exports_it_has(module: str) -> None:
     room = importlib.import_module(module)
     assert [name for name in room.__all__ if not hasattr(room, name)] == []

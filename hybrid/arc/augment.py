@@ -76,6 +76,10 @@ class Augmentation:
         recoloured = np.array(self.colours, np.uint8)[grid]
         return np.ascontiguousarray(DIHEDRAL[self.dihedral](recoloured))
 
+    def turn(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Values per cell (h, w) carried to where `apply` puts their cells."""
+        return np.ascontiguousarray(DIHEDRAL[self.dihedral](values))
+
     def invert(self, grid: Grid) -> Grid:
         """The grid that `apply` turns into `grid`; a 0 x 0 prediction stays 0 x 0."""
         turned = DIHEDRAL[INVERSE_DIHEDRAL[self.dihedral]](grid)

@@ -1,5 +1,5 @@
 """The only importer of ray. `launch` decides whether a job needs it at all."""
 
-from hybrid.cluster.launch import evaluate, pretrain
+from hybrid.cluster.launch import encode, evaluate, joint, pretrain
 
-__all__ = ["evaluate", "pretrain"]
+__all__ = ["encode", "evaluate", "joint", "pretrain"]

@@ -12,8 +12,9 @@ from ray.exceptions import RayActorError
 
 from hybrid.cluster.runtime import cluster
 from hybrid.config import Config
-from hybrid.context import compute_device, share_cores
-from hybrid.evaluate import Job, Question, Solver
+from hybrid.context import share_cores
+from hybrid.errors import UserError
+from hybrid.evaluate import HybridAnswerer, Job, Question, Solver, open_solver
 from hybrid.evaluate.run import SolveAll
 from hybrid.evaluate.solve import Prediction
 
@@ -28,10 +29,15 @@ class Evaluator:
 
     def __init__(self, job: Job, actors_on_this_machine: int) -> None:
         share_cores(actors_on_this_machine)
-        self.solver = Solver(job.checkpoint, job.config, compute_device(job.use_gpu))
+        self.job = job
+        self.solver: Solver | HybridAnswerer | None = None
 
     def solve(self, question: Question) -> Prediction:
-        """See Solver.solve."""
+        """See Solver.solve. The solver is opened here: what the user did wrong must not look like
+        the death of an actor.
+        """
+        if self.solver is None:
+            self.solver = open_solver(self.job)
         return self.solver.solve(question)
 
 
@@ -78,6 +84,9 @@ class _Pool:
                 waiting.extendleft(held[number].values())
                 held[number].clear()
                 self._replace(number, error)
+            except UserError as error:
+                # Ray has made a traceback of it; what was raised is its cause.
+                raise UserError(str(getattr(error, "cause", error))) from None
             else:
                 del held[number][done]
                 yield prediction

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from functools import lru_cache
 
@@ -19,6 +20,12 @@ BLOCKS_PER_PIPELINE = 256
 """A pipeline covers so many blocks, then the next one starts, a short pause each time."""
 
 
+def quiet() -> None:
+    """Ray Data reports every pipeline; what a user should know is said elsewhere."""
+    DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
 def ray_rounds(stream: Stream, slots: range, total_slots: int, first: int) -> Iterator[Rows]:
     """Rounds `first`, `first` + 1, ... of some slots, made by Ray Data tasks in the cluster.
 
@@ -28,14 +35,14 @@ def ray_rounds(stream: Stream, slots: range, total_slots: int, first: int) -> It
     folder = str(stream.dataset.folder)
     per_block = max(1, ROWS_PER_BLOCK // len(slots))
     context = DataContext.get_current()
-    context.enable_progress_bars = False
+    quiet()
     # Blocks must arrive in the order of their numbers.
     context.execution_options.preserve_order = True
-    seed, fingerprint = stream.seed, stream.dataset.fingerprint
+    recipe = stream.dataset.fingerprint, stream.seed, stream.variants
 
     def make(block: dict[str, np.ndarray]) -> Rows:
         (number,) = block["id"].tolist()
-        return _stream(folder, fingerprint, seed).rounds(number, per_block, slots, total_slots)
+        return _stream(folder, *recipe).rounds(number, per_block, slots, total_slots)
 
     while True:
         last = first + BLOCKS_PER_PIPELINE * per_block
@@ -47,9 +54,9 @@ def ray_rounds(stream: Stream, slots: range, total_slots: int, first: int) -> It
 
 
 @lru_cache(maxsize=2)
-def _stream(folder: str, fingerprint: str, seed: int) -> Stream:
+def _stream(folder: str, fingerprint: str, seed: int, variants: int | None = None) -> Stream:
     """A task's process keeps the dataset it has read; it must be the one the run began with."""
     dataset = Dataset.open(folder)
     if dataset.fingerprint != fingerprint:
         raise UserError(f"{folder}: another dataset was prepared here while a run was reading it")
-    return Stream(dataset, seed)
+    return Stream(dataset, seed, variants)

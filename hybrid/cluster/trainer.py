@@ -19,7 +19,7 @@ from hybrid.context import ProcessGroupContext, share_cores
 from hybrid.dataset import Stream
 from hybrid.dataset.stream import Rows
 from hybrid.errors import UserError
-from hybrid.train import Diverged, Result, pretrain
+from hybrid.train import Diverged, Result, joint, pretrain
 
 RAY_FOLDER = "ray"
 """Ray Train's own bookkeeping, inside the run folder."""
@@ -45,7 +45,8 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     config = from_dict(settings["config"])
     share_cores(ray.train.get_context().get_local_world_size())
     try:
-        result = pretrain(config, RayContext())
+        loop = joint if settings["kind"] == "hybrid" else pretrain
+        result = loop(config, RayContext())
     except UserError as error:
         return {"user_error": str(error)}
     except Diverged as error:
@@ -59,12 +60,12 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def fit(config: Config) -> Result:
-    """Run the loop on the config's workers, replacing lost ones; rerun to resume."""
+def fit(config: Config, kind: str) -> Result:
+    """Run the loop of a `kind` on the config's workers, replacing lost ones; rerun to resume."""
     with cluster(config, spare_cpus=1):
         trainer = TorchTrainer(
             train_worker,
-            train_loop_config={"config": to_dict(config)},
+            train_loop_config={"config": to_dict(config), "kind": kind},
             scaling_config=ScalingConfig(
                 num_workers=config.cluster.num_workers,
                 use_gpu=config.cluster.use_gpu,

@@ -22,10 +22,15 @@ class DataConfig:
     """Side of the canvas. Tasks with larger demonstrations or test inputs are left out, counted."""
     on_overlap: Literal["refuse", "drop"] = "refuse"
     """What to do with a training task that holds a test pair of an evaluation task."""
+    hold_out_demos: int = 0
+    """Demonstrations of each evaluation task, the last ones, kept out of training and of prompts:
+    what `feedback.source=demos` tries the rule on."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        problems = check_fields(self, variants=(0, 10**6), max_side=(1, 30), seed=(0, 2**63))
+        problems = check_fields(
+            self, variants=(0, 10**6), max_side=(1, 30), hold_out_demos=(0, 10), seed=(0, 2**63)
+        )
         if not self.training and not self.evaluation:
             problems.append("training and evaluation are both empty: no source to read")
         if problems:

@@ -92,6 +92,7 @@ def select(config: DataConfig, say: Say) -> tuple[list[Selected], dict[str, Any]
     if not training and not evaluation:
         raise UserError(f"data.max_side={config.max_side}: no task fits this canvas")
     _refuse_duplicates(training + evaluation)
+    _refuse_too_few(evaluation, config.hold_out_demos)
     report = {
         "excluded": {"too_large": too_large, "leaking": dropped},
         "evaluation": {"asked": len(evaluation), "of": asked},
@@ -156,6 +157,15 @@ def _refuse_duplicates(selected: list[Selected]) -> None:
             )
 
 
+def _refuse_too_few(evaluation: list[Selected], held_out: int) -> None:
+    few = [s.task.id for s in evaluation if len(s.task.train) <= held_out]
+    if few:
+        raise UserError(
+            f"data.hold_out_demos={held_out} leaves no demonstration of {len(few)} tasks"
+            f" ({', '.join(few[:5])}{', ...' if len(few) > 5 else ''})"
+        )
+
+
 def _write(folder: Path, config: DataConfig, selected: list[Selected], say: Say) -> dict[str, Any]:
     rows = [grids_to_arrow(s.task, s.purpose, s.source) for s in selected]
     pq.write_table(pa.Table.from_pylist(rows, TASKS), folder / TASKS_FILE, compression="zstd")
@@ -170,7 +180,12 @@ def _write(folder: Path, config: DataConfig, selected: list[Selected], say: Say)
                 fingerprint.update(column.buffers()[1])
             writer.write_batch(batch)
             count += len(batch)
-    pairs = sum(len(s.task.train if s.purpose == "evaluation" else s.task.pairs) for s in selected)
+    pairs = sum(
+        len(s.task.train) - config.hold_out_demos
+        if s.purpose == "evaluation"
+        else len(s.task.pairs)
+        for s in selected
+    )
     purposes = [s.purpose for s in selected]
     return {
         "counts": {

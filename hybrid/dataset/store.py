@@ -112,8 +112,52 @@ class Dataset:
     def training_pairs(self, task: int) -> tuple[Pair, ...]:
         """The pairs of a task that may be trained on: of an evaluation task its demonstrations."""
         if self.purposes[task] == "evaluation":
-            return self.tasks[task].train
+            return self.demonstrations(task)
         return tuple(pair for pair in self.tasks[task].pairs if pair.output is not None)
+
+    def demonstrations(self, task: int) -> tuple[Pair, ...]:
+        """The demonstrations of a task that may be shown: without those that are held out."""
+        shown = self.tasks[task].train
+        if self.purposes[task] == "evaluation":
+            return shown[: len(shown) - self.meta["config"]["hold_out_demos"]]
+        return shown
+
+    def held_out(self, task: int) -> tuple[Pair, ...]:
+        """The demonstrations of an evaluation task that nobody is shown or trained on."""
+        return self.tasks[task].train[len(self.demonstrations(task)) :]
+
+    def problem(self, variant: int, pair: Pair) -> Task:
+        """What a reader is shown of a pair: the task's other demonstrations, and its input.
+
+        In the variant's orientation and colours; the output of the pair is not in it.
+        """
+        task = int(self.task_of[variant])
+        view = self.augmentation(variant)
+        others = tuple(shown for shown in self.demonstrations(task) if shown is not pair)
+        asked = Pair(input=pair.input, output=None)
+        return view.apply_task(Task(id=view.task, train=others, test=(asked,)))
+
+    def problems(self, variants: int | None) -> list[tuple[int, int]]:
+        """(variant, number of the pair in its task's `pairs`) of all that a reader can be shown.
+
+        Of the first `variants` variants of each task: training pairs, and tests that are asked.
+        """
+        found = []
+        for task, pairs in enumerate(self.tasks):
+            trained = self.training_pairs(task)
+            numbers = [
+                number
+                for number, pair in enumerate(pairs.pairs)
+                if any(pair is other for other in trained) or number >= len(pairs.train)
+            ]
+            first, stop = (int(v) for v in self.first_variant[task : task + 2])
+            for variant in range(first, min(stop, first + (variants or stop))):
+                found += [(variant, number) for number in numbers]
+        return found
+
+    def problem_at(self, variant: int, number: int) -> Task:
+        """The `problem` of a pair of the variant's task, by its number."""
+        return self.problem(variant, self.tasks[int(self.task_of[variant])].pairs[number])
 
     def augmentation(self, variant: int) -> Augmentation:
         """The augmentation that variant row `variant` names."""

@@ -18,7 +18,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from hybrid.arc import DIHEDRAL, PAD, Augmentation, Pair, encode_grid
+from hybrid.arc import DIHEDRAL, PAD, Augmentation, Pair, Task, encode_grid
 from hybrid.dataset.store import Dataset
 
 Ints: TypeAlias = npt.NDArray[np.int64]
@@ -44,9 +44,11 @@ class Epoch:
 class Stream:
     """Training rows of a dataset by position."""
 
-    def __init__(self, dataset: Dataset, seed: int) -> None:
+    def __init__(self, dataset: Dataset, seed: int, variants: int | None = None) -> None:
+        """Rows are drawn from the first `variants` variants of each task, or from all."""
         self.dataset = dataset
         self.seed = seed
+        self.variants = variants
         pairs = [dataset.training_pairs(task) for task in range(len(dataset.tasks))]
         self.pairs: list[Pair] = [pair for of_task in pairs for pair in of_task]
         self._task_of_pair = np.repeat(np.arange(len(pairs)), [len(of_task) for of_task in pairs])
@@ -76,6 +78,16 @@ class Stream:
             identifiers[n] = variant + 1
         return {"inputs": inputs, "labels": labels, "puzzle_identifiers": identifiers}
 
+    def problems(self, positions: Ints) -> list[Task]:
+        """What a reader is shown of the rows at `positions`, see `Dataset.problem`."""
+        epochs, places = np.divmod(positions, len(self))
+        found = []
+        for number, place in zip(epochs.tolist(), places.tolist(), strict=True):
+            epoch = self._epoch(number)
+            pair = self.pairs[int(epoch.pair[place])]
+            found.append(self.dataset.problem(int(epoch.variant[place]), pair))
+        return found
+
     def rounds(self, first: int, count: int, slots: range, total_slots: int) -> Rows:
         """`count` rounds of some slots from `first` on, round by round: n = count * len(slots)."""
         rounds = np.arange(first, first + count, dtype=np.int64)[:, None]
@@ -83,7 +95,7 @@ class Stream:
 
     def original_pairs(self, count: int) -> Rows:
         """Up to `count` training pairs as they are in the original tasks, evenly chosen."""
-        chosen = np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).astype(np.int64))
+        chosen = self._evenly(count)
         canvas = self.dataset.canvas
         encoded = [
             encode_pair(self.pairs[pair], Augmentation(task=""), canvas, (0, 0)) for pair in chosen
@@ -96,11 +108,24 @@ class Stream:
             "puzzle_identifiers": (originals + 1).astype(np.int32),
         }
 
+    def original_problems(self, count: int) -> list[Task]:
+        """What a reader is shown of `original_pairs(count)`."""
+        return [
+            self.dataset.problem(
+                int(self.dataset.first_variant[self._task_of_pair[pair]]), self.pairs[pair]
+            )
+            for pair in self._evenly(count)
+        ]
+
+    def _evenly(self, count: int) -> Ints:
+        return np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).astype(np.int64))
+
     def _draw_epoch(self, epoch: int) -> Epoch:
         rng = np.random.default_rng([self.seed, epoch])
         tasks = len(self.dataset.tasks)
         first = self.dataset.first_variant
-        variant_of_task = rng.integers(first[:-1], first[1:])
+        last = first[1:] if self.variants is None else first[:-1] + self.variants
+        variant_of_task = rng.integers(first[:-1], np.minimum(last, first[1:]))
         # One draw for every task and one for every pair: tasks in random order, and the pairs of
         # each in random order.
         order = np.lexsort((rng.random(len(self)), rng.permutation(tasks)[self._task_of_pair]))

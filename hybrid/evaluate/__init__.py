@@ -1,11 +1,13 @@
 """Solving tasks from a checkpoint, counting votes, scoring, and the report."""
 
+from hybrid.evaluate.hybrid import HybridAnswerer, play
 from hybrid.evaluate.merge import describe
 from hybrid.evaluate.report import write_report
-from hybrid.evaluate.run import Job, Outcome, evaluate, local_solve_all
+from hybrid.evaluate.run import Job, Outcome, evaluate, local_solve_all, open_solver
 from hybrid.evaluate.solve import Question, Solver, exact_accuracy, predict
 
 __all__ = [
+    "HybridAnswerer",
     "Job",
     "Outcome",
     "Question",
@@ -14,6 +16,8 @@ __all__ = [
     "evaluate",
     "exact_accuracy",
     "local_solve_all",
+    "open_solver",
+    "play",
     "predict",
     "write_report",
 ]

@@ -13,7 +13,13 @@ from typing import Any
 from hybrid.arc import Grid, Task, grid_to_string
 
 DATA_SLOT = "{{data}}"
+ORACLE_SLOT = "{{oracle}}"
 CANDIDATES_SHOWN = 12
+ORACLE_BANNER = """\
+<div class="banner oracle" role="alert"><strong>ORACLE: the answers were looked at</strong>
+The solver was told what was wrong with each try. These numbers are an upper bound and must not be
+reported as a result.</div>"""
+"""Part of the page itself, so that it is there even if no script runs."""
 
 
 def write_report(
@@ -26,14 +32,16 @@ def write_report(
 
     Every task asked for gets a card; one without an entry in `predictions` is shown unanswered.
     Per test input the file holds the best `CANDIDATES_SHOWN` candidates, and the right one when it
-    ranks lower; of the others it holds only how many there were. `results` is embedded as it is,
-    except that numbers which are not finite become null (JSON has no name for them).
+    ranks lower; of the others it holds only how many there were. Of a hybrid it holds the attempts
+    of the original view. `results` is embedded as it is, except that numbers which are not finite
+    become null (JSON has no name for them).
     """
     data = {
         "results": results,
         "tasks": [_task_data(task, predictions.get(task.id)) for task in tasks],
     }
     template = resources.files("hybrid.evaluate").joinpath("report.html").read_text("utf-8")
+    template = template.replace(ORACLE_SLOT, ORACLE_BANNER if results["oracle"] else "")
     before, after = template.split(DATA_SLOT)
     _write_atomically(path, before + _script_json(data) + after)
 
@@ -50,7 +58,7 @@ def _task_data(task: Task, prediction: Mapping[str, Any] | None) -> dict[str, An
             for pair, votes in zip(task.test, answered, strict=True)
         ],
         "spent": prediction.get("spent") if prediction else None,
-    }
+    } | ({"prompt": prediction["prompt"]} if prediction and prediction.get("prompt") else {})
 
 
 def _votes_data(votes: Mapping[str, Any] | None, answer: str | None) -> dict[str, Any]:
@@ -69,6 +77,15 @@ def _votes_data(votes: Mapping[str, Any] | None, answer: str | None) -> dict[str
         "distinct": len(ranked),
         "variants": votes["variants"],
         "empty": votes["empty"],
+    } | (_attempts_data(votes) if "attempts" in votes else {})
+
+
+def _attempts_data(votes: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "attempts": [
+            {**attempt, "grid": "|".join(attempt["grid"])} for attempt in votes["attempts"]
+        ],
+        "most": len(votes["curve"]),
     }
 
 

@@ -6,22 +6,30 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hybrid.arc import Task
+from hybrid.arc import Grid, Task, pair_hash
 from hybrid.checkpoint import Checkpoint, newest, read
-from hybrid.config import Config, EvaluationConfig
+from hybrid.config import Config
 from hybrid.context import compute_device
 from hybrid.dataset import Dataset
 from hybrid.errors import UserError, make_folder
-from hybrid.evaluate.merge import merge
+from hybrid.evaluate.hybrid import HybridAnswerer
+from hybrid.evaluate.merge import merge, questions_key
 from hybrid.evaluate.report import write_report
 from hybrid.evaluate.solve import Prediction, Question, Solver
+from hybrid.llm import check_model
 
-AFFECTS_ANSWERS = ("variants", "halt", "act_steps", "batch_size")
+AFFECTS_ANSWERS = ("variants", "halt", "act_steps", "batch_size", "puzzle_ids")
 """Keys of `evaluation` that predictions depend on; batch_size by rounding alone."""
+AFFECTS_HYBRID = {
+    "evaluation": ("max_attempts", "text", "baseline"),
+    "llama": ("dtype", "batch_size", "max_new_tokens"),
+    "feedback": ("source", "threshold", "history", "cells"),
+}
+"""And those that a hybrid's predictions depend on as well."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +37,7 @@ class Job:
     """What a worker needs to answer questions."""
 
     checkpoint: Checkpoint
-    config: EvaluationConfig
-    use_gpu: bool
+    config: Config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +56,17 @@ SolveAll = Callable[[Job, Sequence[Question]], Iterator[Prediction]]
 
 def local_solve_all(job: Job, questions: Sequence[Question]) -> Iterator[Prediction]:
     """One after the other in this process."""
-    solver = Solver(job.checkpoint, job.config, compute_device(job.use_gpu))
+    solver = open_solver(job)
     for question in questions:
         yield solver.solve(question)
+
+
+def open_solver(job: Job) -> Solver | HybridAnswerer:
+    """What answers questions from the job's checkpoint."""
+    device = compute_device(job.config.cluster.use_gpu)
+    if job.checkpoint.state["kind"] == "hybrid":
+        return HybridAnswerer(job.checkpoint, job.config, device)
+    return Solver(job.checkpoint, job.config.evaluation, device)
 
 
 def evaluate(config: Config, solve_all: SolveAll, say: Callable[[str], None] = print) -> Outcome:
@@ -65,24 +80,26 @@ def evaluate(config: Config, solve_all: SolveAll, say: Callable[[str], None] = p
     asked = dataset.asked[: config.evaluation.limit]
     if not asked:
         raise UserError(f"{dataset.folder}: holds no evaluation tasks (data.evaluation is empty)")
+    trained_on = json.loads((checkpoint.folder / "trained_on.json").read_text())
+    questions = ask(config, checkpoint, dataset, trained_on)
+    key = questions_key(dataset, [question.task for question in questions])
+    beside = [_beside(config, name, key) for name in config.evaluation.beside]
     folder = config.run_folder / "evaluation" / _name(config, checkpoint, dataset)
     make_folder(folder / "predictions")
-    same_dataset = checkpoint.state["dataset"]["fingerprint"] == dataset.fingerprint
-    questions = [_question(dataset, task, config.evaluation, same_dataset) for task in asked]
     answered = {q.task.id: p for q in questions if (p := _on_disk(folder, q.task))}
     resumed = len(answered)
     open_questions = [q for q in questions if q.task.id not in answered]
     say(f"{folder}: {len(asked)} tasks, {resumed} already answered")
-    job = Job(checkpoint=checkpoint, config=config.evaluation, use_gpu=config.cluster.use_gpu)
+    job = Job(checkpoint=checkpoint, config=config)
     for prediction in solve_all(job, open_questions) if open_questions else ():
         answered[prediction["task"]] = prediction
         _write_json(folder / "predictions" / f"{prediction['task']}.json", prediction)
         say(f"{len(answered)}/{len(asked)} {prediction['task']}")
-    # Answers are read here and nowhere above.
+    # Answers are read here and nowhere above, unless an oracle was asked for.
     answers = Dataset.open(config.data_folder, answers=True)
     tasks = [answers.tasks[task] for task in asked]
-    trained_on = json.loads((checkpoint.folder / "trained_on.json").read_text())
     results = merge(config, dataset, checkpoint, tasks, answered, trained_on)
+    results["beside"] = beside
     _write_results(folder, tasks, answered, results)
     return Outcome(folder=folder, results=results, resumed=resumed)
 
@@ -110,26 +127,102 @@ def _check(config: Config, checkpoint: Checkpoint, dataset: Dataset) -> None:
         raise UserError(
             f"evaluation.act_steps: {steps} is more than the model's {trm['halt_max_steps']}"
         )
+    if checkpoint.state.get("llama") and config.adapter.inject != "none":
+        check_model(config.llama, config.models_folder)
 
 
-def _question(
-    dataset: Dataset, task: int, config: EvaluationConfig, same_dataset: bool
-) -> Question:
-    first, stop = (int(v) for v in dataset.first_variant[task : task + 2])
-    if config.variants is not None:
-        stop = min(stop, first + config.variants)
-    return Question(
-        task=dataset.tasks[task],
-        views=tuple(dataset.augmentation(variant) for variant in range(first, stop)),
-        identifiers=range(first + 1, stop + 1) if same_dataset else range(0),
-    )
+def ask(
+    config: Config, checkpoint: Checkpoint, dataset: Dataset, trained_on: Sequence[str]
+) -> list[Question]:
+    """The questions of an evaluation; UserError if the feedback it wants is not to be had."""
+    hybrid = checkpoint.state["kind"] == "hybrid"
+    asked = dataset.asked[: config.evaluation.limit]
+    same = checkpoint.state["dataset"]["fingerprint"] == dataset.fingerprint
+    known = same and config.evaluation.puzzle_ids == "trained"
+    source = config.feedback.source if hybrid else "none"
+    if source == "demos":
+        _check_held_out(dataset, asked, trained_on)
+    # All that could be asked: what is read instead must not depend on evaluation.limit.
+    shown = [replace(dataset.tasks[t], train=dataset.demonstrations(t)) for t in dataset.asked]
+    shuffled = hybrid and config.evaluation.text == "shuffled"
+    if shuffled and len(shown) < 2:
+        raise UserError("evaluation.text=shuffled: there is no other task to read")
+    answers = Dataset.open(config.data_folder, answers=True) if source == "oracle" else None
+    questions = []
+    for n, task in enumerate(asked):
+        first, stop = (int(v) for v in dataset.first_variant[task : task + 2])
+        voting = min(config.evaluation.variants or stop - first, stop - first)
+        if source == "vote" and voting < 2:
+            raise UserError(f"feedback.source=vote: {shown[n].id} has one view, nobody to compare")
+        if not hybrid:
+            stop = first + voting
+        views = [dataset.augmentation(variant) for variant in range(first, stop)]
+        questions.append(
+            Question(
+                task=shown[n],
+                views=tuple(views[:voting]),
+                spare_views=tuple(views[voting:]),
+                identifiers=range(first + 1, stop + 1) if known else range(0),
+                held_out=dataset.held_out(task)[0] if source == "demos" else None,
+                # Neighbours by id may be of a kind; half the list away is another task anyway.
+                read_instead=shown[n - (len(shown) + 1) // 2] if shuffled else None,
+                answers=_answers(answers.tasks[task]) if answers else None,
+            )
+        )
+    return questions
+
+
+def _answers(task: Task) -> tuple[Grid, ...]:
+    found = tuple(pair.output for pair in task.test if pair.output is not None)
+    if len(found) < len(task.test):
+        raise UserError(f"feedback.source=oracle: the answers of {task.id} are not known")
+    return found
+
+
+def _check_held_out(dataset: Dataset, asked: Sequence[int], trained_on: Sequence[str]) -> None:
+    """A demonstration that the model was trained on proves nothing: it is known by heart."""
+    if not dataset.meta["config"]["hold_out_demos"]:
+        raise UserError(
+            "feedback.source=demos: no demonstration was held out; prepare and train with"
+            " data.hold_out_demos=1"
+        )
+    seen = set(trained_on)
+    void = [
+        dataset.tasks[task].id
+        for task in asked
+        if any(pair_hash(pair) in seen for pair in dataset.held_out(task))
+    ]
+    if void:
+        raise UserError(
+            f"feedback.source=demos: the model was trained on the held-out demonstrations of"
+            f" {len(void)} tasks ({', '.join(void[:5])}{', ...' if len(void) > 5 else ''})"
+        )
 
 
 def _name(config: Config, checkpoint: Checkpoint, dataset: Dataset) -> str:
     """Evaluations that could differ in an answer have different folders."""
     settings = {key: getattr(config.evaluation, key) for key in AFFECTS_ANSWERS}
+    oracle = ""
+    if checkpoint.state["kind"] == "hybrid":
+        for section, keys in AFFECTS_HYBRID.items():
+            settings |= {f"{section}.{k}": getattr(getattr(config, section), k) for k in keys}
+        settings["alone"] = config.adapter.inject == "none"
+        oracle = "-oracle" if config.feedback.source == "oracle" else ""
     key = json.dumps([settings, config.cluster.use_gpu, checkpoint.digest, dataset.fingerprint])
-    return f"{checkpoint.folder.name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+    digest = hashlib.sha256(key.encode()).hexdigest()[:8]
+    return f"{checkpoint.folder.name}-{digest}{oracle}"
+
+
+def _beside(config: Config, name: str, questions: dict[str, Any]) -> dict[str, Any]:
+    """The scores of another run's newest evaluation of the same questions."""
+    assert config.paths.runs is not None
+    folder = Path(config.paths.runs) / name / "evaluation"
+    for path in sorted(folder.glob("*/results.json"), key=os.path.getmtime, reverse=True):
+        other = json.loads(path.read_text())
+        if questions.items() <= other["protocol"].items():
+            kept = ("title", "oracle", "scores", "spent")
+            return {"run": name, **{key: other[key] for key in kept if key in other}}
+    raise UserError(f"evaluation.beside: {folder} holds no evaluation of the same questions")
 
 
 def _on_disk(folder: Path, task: Task) -> Prediction | None:
@@ -146,8 +239,9 @@ def _on_disk(folder: Path, task: Task) -> Prediction | None:
 def _write_results(
     folder: Path, tasks: Sequence[Task], answered: dict[str, Prediction], results: dict[str, Any]
 ) -> None:
-    submission = {task.id: _attempts(task, answered.get(task.id)) for task in tasks}
-    _write_json(folder / "submission.json", submission)
+    if not results["oracle"]:
+        submission = {task.id: _attempts(task, answered.get(task.id)) for task in tasks}
+        _write_json(folder / "submission.json", submission)
     _write_json(folder / "results.json", results)
     write_report(folder / "report.html", tasks, answered, results)
 

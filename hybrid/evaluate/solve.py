@@ -1,8 +1,9 @@
-"""From a checkpoint to predictions: every view of every test input is run and has one vote."""
+"""From a trained TRM to predictions: every view of every test input is run and has one vote."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,10 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from hybrid.arc import (
     Augmentation,
+    Grid,
+    Pair,
     Task,
     encode_grid,
     grid_to_string,
@@ -32,12 +35,23 @@ Prediction = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """All that a solver is told about a task: there is no answer in it to read."""
+    """All that a solver is told about a task: there is no answer in it to read.
+
+    Unless `oracle` is what was asked for: then, and only then, `answers` holds them.
+    """
 
     task: Task
+    """Its demonstrations are those that may be shown."""
     views: tuple[Augmentation, ...]
     identifiers: range
-    """Puzzle identifiers of the views; empty: the dataset is not the trained one, use the blank."""
+    """Puzzle identifiers of the views and the spares; empty: use the blank one."""
+    spare_views: tuple[Augmentation, ...] = ()
+    """Further views, on which the voting baseline spends what self-correction cost."""
+    held_out: Pair | None = None
+    """A demonstration that was kept out of training and is not in `task`."""
+    read_instead: Task | None = None
+    """Another task, whose text is read in place of this one's."""
+    answers: tuple[Grid, ...] | None = None
 
     def __post_init__(self) -> None:
         assert all(pair.output is None for pair in self.task.test), "an answer in a question"
@@ -52,11 +66,9 @@ class Solver:
         self.config = config
         trm = replace(TRMConfig(**checkpoint.state["trm"]), num_puzzle_identifiers=1)
         self.model = TRM(trm)
-        tensors = checkpoint.tensors("model") | checkpoint.tensors("average")
-        missing, unknown = self.model.load_state_dict(tensors, strict=False)
-        assert missing == ["puzzle_table"] and not unknown, (missing, unknown)
+        load_averaged(self.model, checkpoint)
         self.model.to(device).eval()
-        self._table = checkpoint.folder / "puzzle_table.safetensors"
+        self.table = PuzzleTable(checkpoint)
 
     def solve(self, question: Question) -> Prediction:
         """Candidates for every test input of a task, best first, with what they cost."""
@@ -66,7 +78,7 @@ class Solver:
         inputs = np.stack(
             [encode_grid(view.apply(test.input), canvas) for test in tests for view in views]
         )
-        rows = self._puzzle_rows(question).repeat(len(tests), 1)
+        rows = self.table.rows(question, len(views)).repeat(len(tests), 1)
         tokens, halt_logits, act_steps = predict(self.model, inputs, rows, self.config)
         confidences = halt_confidence(halt_logits)
         found = []
@@ -76,34 +88,61 @@ class Solver:
                 view.invert(tokens_to_grid(row))
                 for view, row in zip(views, tokens[mine], strict=True)
             ]
-            ranked = vote(grids, confidences[mine].tolist())
-            found.append(
-                {
-                    "candidates": [
-                        {
-                            "grid": grid_to_string(candidate.grid).splitlines(),
-                            "votes": candidate.votes,
-                            "confidence": candidate.confidence,
-                        }
-                        for candidate in ranked
-                    ],
-                    "variants": len(views),
-                    "empty": sum(grid.size == 0 for grid in grids),
-                }
-            )
+            found.append(ballot(grids, confidences[mine].tolist()))
         seconds = time.perf_counter() - started
-        spent = {"rows": len(inputs), "act_steps": act_steps, "seconds": seconds}
+        spent = {
+            "rows": len(inputs),
+            "act_steps": act_steps,
+            "llm_tokens": 0,
+            "seconds": seconds,
+        }
         return {"task": question.task.id, "tests": found, "spent": spent}
 
-    def _puzzle_rows(self, question: Question) -> Tensor:
-        """[views, puzzle_emb_ndim]"""
-        with safe_open(self._table, "pt") as file:
+
+class PuzzleTable:
+    """The puzzle table of a checkpoint, read row by row from disk."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.path = checkpoint.folder / "puzzle_table.safetensors"
+
+    def rows(self, question: Question, views: int) -> Tensor:
+        """[views, puzzle_emb_ndim]: rows of the first views, the spare ones behind the others."""
+        with safe_open(self.path, "pt") as file:
             table = file.get_slice("puzzle_table")
             if not question.identifiers:
                 blank: Tensor = table[0:1]
-                return blank.repeat(len(question.views), 1)
-            rows: Tensor = table[question.identifiers.start : question.identifiers.stop]
+                return blank.repeat(views, 1)
+            first = question.identifiers.start
+            rows: Tensor = table[first : first + views]
             return rows
+
+
+def load_averaged(model: nn.Module, checkpoint: Checkpoint, only: str = "") -> None:
+    """Fill a model with a checkpoint's averaged weights; the puzzle table stays on disk.
+
+    `only`: the tensors whose names begin so.
+    """
+    tensors = checkpoint.tensors("model") | checkpoint.tensors("average")
+    tensors = {name: value for name, value in tensors.items() if name.startswith(only)}
+    missing, unknown = model.load_state_dict(tensors, strict=False)
+    assert all(name.endswith("puzzle_table") for name in missing), missing
+    assert not unknown, unknown
+
+
+def ballot(grids: Sequence[Grid], confidences: Sequence[float]) -> dict[str, Any]:
+    """The views' vote on a test input, as plain values."""
+    return {
+        "candidates": [
+            {
+                "grid": grid_to_string(candidate.grid).splitlines(),
+                "votes": candidate.votes,
+                "confidence": candidate.confidence,
+            }
+            for candidate in vote(grids, confidences)
+        ],
+        "variants": len(grids),
+        "empty": sum(grid.size == 0 for grid in grids),
+    }
 
 
 @torch.inference_mode()

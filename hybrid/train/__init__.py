@@ -1,8 +1,21 @@
 """The training loops. They see a `RunContext`, never Ray."""
 
 from hybrid.train.estimate import estimate
-from hybrid.train.pretrain import Result, check, pretrain, total_steps
+from hybrid.train.joint import Joint, joint
+from hybrid.train.loop import Result, check, total_steps
+from hybrid.train.pretrain import Pretraining, pretrain
 from hybrid.train.state import TrainState
 from hybrid.train.step import Diverged
 
-__all__ = ["Diverged", "Result", "TrainState", "check", "estimate", "pretrain", "total_steps"]
+__all__ = [
+    "Diverged",
+    "Joint",
+    "Pretraining",
+    "Result",
+    "TrainState",
+    "check",
+    "estimate",
+    "joint",
+    "pretrain",
+    "total_steps",
+]

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hybrid.config import Config
 from hybrid.dataset import Dataset, Stream
-from hybrid.train.pretrain import total_steps
+from hybrid.train.loop import total_steps
 
 PLAIN_EVERY_S = 15.0
 """Seconds between lines where there is no terminal to draw a bar on."""

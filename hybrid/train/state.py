@@ -6,20 +6,28 @@ or of the position in the stream.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
-from hybrid.checkpoint import Checkpoint, write_tensors
+from hybrid.checkpoint import Checkpoint, newest, read, write_tensors
 from hybrid.config import Config
 from hybrid.dataset import Dataset
 from hybrid.errors import UserError
+from hybrid.llm.reader import Reader
+from hybrid.solver import HybridSolver
 from hybrid.trm import TRM, AdamAtan2, Carry, MovingAverage, TRMConfig
+
+log = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+"""Folder of a run that holds them."""
 
 
 @dataclass(kw_only=True)
@@ -28,28 +36,52 @@ class TrainState:
 
     step: int
     """Optimiser steps done."""
-    model: TRM
+    model: TRM | HybridSolver
     optimizer: AdamAtan2
     average: MovingAverage
     slots: range
     """The slots of the global batch that this worker computes."""
     carry: Carry
+    """What the TRM keeps between steps; the hybrid begins a row and ends it in one step, and of its
+    carry only `current` counts."""
     taken: Tensor
     """[slots] int64: rows each slot has taken, its place in the stream."""
+
+    @property
+    def trm(self) -> TRM:
+        """The TRM, alone or inside the hybrid."""
+        return self.model if isinstance(self.model, TRM) else self.model.trm
 
 
 def model_config(config: Config, dataset: Dataset) -> TRMConfig:
     """The model's config with the sizes that the dataset decides."""
     return replace(
-        config.trm, seq_len=dataset.canvas**2, num_puzzle_identifiers=dataset.num_identifiers
+        config.trm.model, seq_len=dataset.canvas**2, num_puzzle_identifiers=dataset.num_identifiers
     )
 
 
-def fresh(config: Config, dataset: Dataset, slots: range, device: torch.device) -> TrainState:
-    """The state before the first step."""
-    model = TRM(model_config(config, dataset), seed=config.training.seed).to(device)
-    parameters = dict(model.named_parameters())
+def fresh(
+    config: Config,
+    dataset: Dataset,
+    slots: range,
+    device: torch.device,
+    reader: Reader | None = None,
+    *,
+    hybrid: bool = False,
+) -> TrainState:
+    """The state before the first step: of the TRM, or of the hybrid around it."""
     training = config.training
+    trm = TRM(model_config(config, dataset), seed=training.seed)
+    initial = initial_checkpoint(config)
+    if initial:
+        init_from(trm, initial, dataset)
+    model: TRM | HybridSolver = trm
+    if hybrid:
+        model = HybridSolver(
+            trm, reader, config.adapter, act_steps=training.act_steps, seed=training.seed
+        )
+    model.to(device)
+    parameters = dict(model.named_parameters())
     return TrainState(
         step=0,
         model=model,
@@ -60,30 +92,76 @@ def fresh(config: Config, dataset: Dataset, slots: range, device: torch.device) 
         ),
         average=MovingAverage(parameters, training.ema_rate),
         slots=slots,
-        carry=model.initial_carry(_no_rows(len(slots), dataset.canvas**2, device)),
+        carry=trm.initial_carry(_no_rows(len(slots), dataset.canvas**2, device)),
         taken=torch.zeros(len(slots), dtype=torch.int64),
     )
 
 
+def initial_checkpoint(config: Config) -> Checkpoint | None:
+    """What `trm.init_from` names; UserError if there is nothing of that name."""
+    name = config.trm.init_from
+    if name is None:
+        return None
+    assert config.paths.runs is not None
+    run = Path(config.paths.runs) / name / CHECKPOINTS
+    if run.is_dir():
+        found = newest(run)
+        if found:
+            return found
+    folder = Path(name).expanduser().absolute()
+    if not folder.exists():
+        raise UserError(
+            f"trm.init_from: {name} is no checkpoint folder and no run in {run.parents[1]}"
+        )
+    return read(folder)
+
+
+def refuse_other_sizes(config: TRMConfig, checkpoint: Checkpoint) -> None:
+    """UserError if a TRM of `config` cannot be filled from a checkpoint."""
+    theirs = checkpoint.state["trm"]
+    derived = ("num_puzzle_identifiers", "forward_dtype", "halt_max_steps", "halt_exploration_prob")
+    wrong = [
+        f"trm.{name} {theirs[name]!r} there, {value!r} here"
+        for name, value in asdict(config).items()
+        if name not in derived and theirs[name] != value
+    ]
+    if wrong:
+        raise UserError(f"trm.init_from: {checkpoint.folder}: {'; '.join(wrong)}")
+
+
+def init_from(trm: TRM, checkpoint: Checkpoint, dataset: Dataset) -> None:
+    """Fill a TRM with the averaged weights of a checkpoint, and its puzzle table.
+
+    The table is taken as it is where it belongs to the same dataset; elsewhere every row becomes
+    the mean row, and the log says so. Raises UserError for a TRM of other sizes.
+    """
+    refuse_other_sizes(trm.config, checkpoint)
+    tensors = checkpoint.tensors("model") | checkpoint.tensors("average")
+    inside = {
+        name.removeprefix("trm."): value
+        for name, value in tensors.items()
+        if checkpoint.state["kind"] == "trm" or name.startswith("trm.")
+    }
+    load_weights(trm, inside)
+    table = checkpoint.tensors("puzzle_table")["puzzle_table"]
+    if checkpoint.state["dataset"]["fingerprint"] == dataset.fingerprint:
+        trm.puzzle_table.copy_(table)
+    elif table.numel():
+        # Not the blank row, which nothing has trained.
+        known = table[1:] if len(table) > 1 else table
+        trm.puzzle_table.copy_(known.mean(0, keepdim=True).expand_as(trm.puzzle_table))
+        log.warning(
+            "%s: puzzle table of another dataset, every row starts as its mean", checkpoint.folder
+        )
+
+
 def save(state: TrainState, partial: Path, rank: int) -> None:
     """Write this worker's part of a checkpoint: its slots, and from rank 0 what all share."""
-    carry = state.carry
-    write_tensors(
-        partial,
-        _slots_name(state.slots),
-        {
-            "z_H": carry.z_H,
-            "z_L": carry.z_L,
-            "steps": carry.steps,
-            "halted": carry.halted,
-            "taken": state.taken,
-            **{f"current.{name}": value for name, value in carry.current.items()},
-        },
-    )
+    write_tensors(partial, _slots_name(state.slots), _slots(state))
     if rank:
         return
     write_tensors(partial, "model", weights(state.model))
-    write_tensors(partial, "puzzle_table", {"puzzle_table": state.model.puzzle_table})
+    write_tensors(partial, "puzzle_table", {"puzzle_table": state.trm.puzzle_table})
     write_tensors(partial, "average", state.average.shadow)
     moments = {f"m.{name}": value for name, value in state.optimizer.m.items()}
     moments |= {f"v.{name}": value for name, value in state.optimizer.v.items()}
@@ -94,7 +172,7 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
     """Fill a fresh state from a checkpoint, written by any number of workers."""
     state.step = int(checkpoint.state["step"])
     load_weights(state.model, checkpoint.tensors("model"))
-    state.model.puzzle_table.copy_(checkpoint.tensors("puzzle_table")["puzzle_table"])
+    state.trm.puzzle_table.copy_(checkpoint.tensors("puzzle_table")["puzzle_table"])
     moments = checkpoint.tensors("optimizer")
     state.optimizer.t = state.step
     shadow = checkpoint.tensors("average")
@@ -105,12 +183,16 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
     _restore_slots(state, checkpoint)
 
 
-def weights(model: TRM) -> dict[str, Tensor]:
+def weights(model: nn.Module) -> dict[str, Tensor]:
     """The model's tensors without the puzzle table, which is large and has a file of its own."""
-    return {name: value for name, value in model.state_dict().items() if name != "puzzle_table"}
+    return {
+        name: value
+        for name, value in model.state_dict().items()
+        if not name.endswith("puzzle_table")
+    }
 
 
-def load_weights(model: TRM, tensors: Mapping[str, Tensor]) -> None:
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy `weights` back, by name; every one must be there."""
     own = weights(model)
     assert own.keys() == tensors.keys(), sorted(own.keys() ^ tensors.keys())
@@ -120,14 +202,7 @@ def load_weights(model: TRM, tensors: Mapping[str, Tensor]) -> None:
 
 def _restore_slots(state: TrainState, checkpoint: Checkpoint) -> None:
     """The carry of this worker's slots, wherever the workers of then have put them."""
-    found: dict[str, Any] = {
-        "z_H": state.carry.z_H,
-        "z_L": state.carry.z_L,
-        "steps": state.carry.steps,
-        "halted": state.carry.halted,
-        "taken": state.taken,
-        **{f"current.{name}": value for name, value in state.carry.current.items()},
-    }
+    found = _slots(state)
     missing = set(state.slots)
     for path in checkpoint.files("slots_"):
         first, stop = (int(part) for part in path.stem.split("_")[1:])
@@ -141,6 +216,19 @@ def _restore_slots(state: TrainState, checkpoint: Checkpoint) -> None:
         missing -= set(common)
     if missing:
         raise UserError(f"{checkpoint.folder}: has no carry for slots {min(missing)} and up")
+
+
+def _slots(state: TrainState) -> dict[str, Any]:
+    if not isinstance(state.model, TRM):
+        return {"taken": state.taken}
+    return {
+        "z_H": state.carry.z_H,
+        "z_L": state.carry.z_L,
+        "steps": state.carry.steps,
+        "halted": state.carry.halted,
+        "taken": state.taken,
+        **{f"current.{name}": value for name, value in state.carry.current.items()},
+    }
 
 
 def _slots_name(slots: range) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -23,28 +23,57 @@ class Diverged(RuntimeError):
 def train_step(
     state: TrainState, batch: Batch, config: TrainingConfig, total_steps: int, context: RunContext
 ) -> Sums:
-    """Advance `state` by one step; returns this worker's sums for metrics.
+    """Advance the TRM by one step; returns this worker's sums for metrics.
 
     The order is the published one: count, forward, backward, puzzle table, weights, average. The
     loss is summed over rows and divided by the *global* batch, gradients are summed over workers.
     """
     state.step += 1
     state.model.train()
+    clear_gradients(state)
     explore, least = exploration(config.seed, state.step, config.batch_size, state.slots)
     draws = explore.to(context.device), least.to(context.device)
-    carry, outputs = state.model.act_step(state.carry, batch, exploration=draws)
+    carry, outputs = state.trm.act_step(state.carry, batch, exploration=draws)
     loss, sums = act_loss(
         outputs.logits, outputs.q_halt, carry.current["labels"], carry.steps, carry.halted
     )
-    parameters = state.optimizer.parameters.values()
-    for parameter in parameters:
-        parameter.grad = None
     torch.autograd.backward(loss / config.batch_size)
-    _sum_gradients(parameters, context)
-    ids = context.gather(carry.current["puzzle_identifiers"])
     rows = outputs.puzzle_rows
-    row_grads = None if rows is None or rows.grad is None else context.gather(rows.grad)
+    ids = carry.current["puzzle_identifiers"]
+    rates = dict.fromkeys(state.optimizer.parameters, config.lr)
+    move(state, loss, ids, None if rows is None else rows.grad, rates, config, total_steps, context)
+    state.carry = carry
+    return sums
+
+
+def clear_gradients(state: TrainState) -> None:
+    """No parameter has a gradient."""
+    for parameter in state.optimizer.parameters.values():
+        parameter.grad = None
+
+
+def move(
+    state: TrainState,
+    loss: Tensor,
+    ids: Tensor,
+    row_grads: Tensor | None,
+    rates: Mapping[str, float],
+    config: TrainingConfig,
+    total_steps: int,
+    context: RunContext,
+) -> None:
+    """What follows backward: sum over workers, refuse what is not finite, table, weights, average.
+
+    `ids` [slots] and `row_grads` [slots, ndim]: puzzle identifiers and their rows' gradients.
+    `rates`: learning rate of each parameter before the schedule.
+    """
+    parameters = state.optimizer.parameters.values()
+    _sum_gradients(parameters, context)
+    ids = context.gather(ids)
+    row_grads = None if row_grads is None else context.gather(row_grads)
     _refuse_non_finite(state, loss, row_grads, ids, context)
+    if config.clip_norm is not None:
+        torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
 
     def rate(base: float) -> float:
         return learning_rate(
@@ -57,16 +86,15 @@ def train_step(
 
     if row_grads is not None:
         sign_sgd_(
-            state.model.puzzle_table,
+            state.trm.puzzle_table,
             ids,
             row_grads,
             lr=rate(config.puzzle_lr),
             weight_decay=config.puzzle_weight_decay,
         )
-    state.optimizer.step(rate(config.lr))
+    frozen = state.step <= config.freeze_trunk * total_steps
+    state.optimizer.step({name: 0.0 if frozen else rate(base) for name, base in rates.items()})
     state.average.update()
-    state.carry = carry
-    return sums
 
 
 def exploration(seed: int, step: int, batch_size: int, slots: range) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from hybrid.trm.config import TRMConfig
 from hybrid.trm.layers import Block, Linear, Rotary, rotary_table, truncated_normal_
@@ -129,6 +130,12 @@ class TRM(nn.Module):
             current={name: torch.zeros_like(value) for name, value in batch.items()},
         )
 
+    def fresh_states(self, rows: int) -> tuple[Tensor, Tensor]:
+        """(z_H, z_L) that every row starts from, [rows, P+L, D] each."""
+        shape = (rows, self.config.positions, self.config.hidden_size)
+        z_H, z_L = (init.to(self.dtype).expand(shape) for init in (self.H_init, self.L_init))
+        return z_H, z_L
+
     def act_step(
         self,
         carry: Carry,
@@ -145,9 +152,37 @@ class TRM(nn.Module):
         cycle; the new carry is detached.
         """
         carry = self._refill(carry, batch)
-        x, puzzle_rows = self._embed(carry.current, puzzle_rows)
-        z_H, z_L = self._think(x, carry.z_H, carry.z_L)
+        z_H, z_L, outputs = self.think(carry.current, carry.z_H, carry.z_L, puzzle_rows=puzzle_rows)
+        steps = carry.steps + 1
+        halted = self._halt(steps, outputs.q_halt.detach(), exploration)
+        z_H, z_L = z_H.detach(), z_L.detach()
+        return replace(carry, z_H=z_H, z_L=z_L, steps=steps, halted=halted), outputs
 
+    def think(
+        self,
+        current: Batch,
+        z_H: Tensor,
+        z_L: Tensor,
+        *,
+        puzzle_rows: Tensor | None = None,
+        injected: Tensor | None = None,
+        full_gradient: bool = False,
+        recompute: bool = True,
+    ) -> tuple[Tensor, Tensor, Outputs]:
+        """An ACT step's recursion and its read-out, without the slots: (z_H, z_L, outputs).
+
+        `injected` [B, P+L, D] is added to the embedded question. As published, gradient flows
+        through the last cycle alone, so nothing that made the states it is given would ever learn;
+        with `full_gradient` it flows through all cycles and into them, and with `recompute` each
+        cycle's activations are made again for backward instead of kept.
+        """
+        x, puzzle_rows = self._embed(current, puzzle_rows)
+        if injected is not None:
+            x = x + injected
+        if full_gradient:
+            z_H, z_L = self._recur_through(x, z_H, z_L, recompute)
+        else:
+            z_H, z_L = self._recur(x, z_H, z_L)
         q = self.q_head(z_H[:, 0])
         q = q.to(torch.promote_types(q.dtype, torch.float32))
         outputs = Outputs(
@@ -156,20 +191,31 @@ class TRM(nn.Module):
             q_continue=q[:, 1],
             puzzle_rows=puzzle_rows,
         )
-        steps = carry.steps + 1
-        halted = self._halt(steps, outputs.q_halt.detach(), exploration)
-        z_H, z_L = z_H.detach(), z_L.detach()
-        return replace(carry, z_H=z_H, z_L=z_L, steps=steps, halted=halted), outputs
+        return z_H, z_L, outputs
 
-    def _think(self, x: Tensor, z_H: Tensor, z_L: Tensor) -> tuple[Tensor, Tensor]:
+    def _recur(self, x: Tensor, z_H: Tensor, z_L: Tensor) -> tuple[Tensor, Tensor]:
         """The recursion: the paper's deep recursion of T cycles, gradient in the last one only."""
         for cycle in range(self.config.H_cycles):
             last = cycle == self.config.H_cycles - 1
             with nullcontext() if last else torch.no_grad():
-                for _ in range(self.config.L_cycles):
-                    z_L = self._net(z_L, z_H + x)
-                z_H = self._net(z_H, z_L)
+                z_H, z_L = self._cycle(x, z_H, z_L)
         return z_H, z_L
+
+    def _recur_through(
+        self, x: Tensor, z_H: Tensor, z_L: Tensor, recompute: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The same numbers, gradient in every cycle."""
+        for _ in range(self.config.H_cycles):
+            if recompute and torch.is_grad_enabled():
+                z_H, z_L = checkpoint(self._cycle, x, z_H, z_L, use_reentrant=False)
+            else:
+                z_H, z_L = self._cycle(x, z_H, z_L)
+        return z_H, z_L
+
+    def _cycle(self, x: Tensor, z_H: Tensor, z_L: Tensor) -> tuple[Tensor, Tensor]:
+        for _ in range(self.config.L_cycles):
+            z_L = self._net(z_L, z_H + x)
+        return self._net(z_H, z_L), z_L
 
     def _net(self, h: Tensor, inject: Tensor) -> Tensor:
         h = h + inject

@@ -43,13 +43,20 @@ class AdamAtan2:
         self.v = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """Move every parameter by its .grad, which every one must have."""
+    def step(self, lr: float | Mapping[str, float]) -> None:
+        """Move every parameter by its .grad, which every one must have; one rate, or one each."""
         self.t += 1
+        by_rate: dict[float, list[str]] = {}
+        for name in self.parameters:
+            by_rate.setdefault(lr[name] if isinstance(lr, Mapping) else lr, []).append(name)
+        for rate, names in by_rate.items():
+            self._move(names, rate)
+
+    def _move(self, names: list[str], lr: float) -> None:
         beta1, beta2 = self.betas
-        p, m, v = list(self.parameters.values()), list(self.m.values()), list(self.v.values())
+        p, m, v = ([of[name] for name in names] for of in (self.parameters, self.m, self.v))
         grads = []
-        for name, parameter in self.parameters.items():
+        for name, parameter in zip(names, p, strict=True):
             assert parameter.grad is not None, f"{name} has no gradient"
             grads.append(parameter.grad)
         torch._foreach_lerp_(m, grads, 1 - beta1)

@@ -8,14 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ASKED, config_of, write_tasks
+from helpers import (
+    ASKED,
+    change_weights,
+    config_of,
+    hybrid_of,
+    scattered,
+    undecided,
+    write_tasks,
+)
 
 from hybrid.arc import Task
 from hybrid.checkpoint import Checkpoint, read
 from hybrid.config import Config
 from hybrid.context import LocalContext
 from hybrid.dataset import prepare
-from hybrid.train import pretrain
+from hybrid.train import joint, pretrain
 
 TRAINED = ("0d3d703e", "74dd1130", "9565186b")
 CANVAS = {"max_side": 3}
@@ -61,5 +69,45 @@ def ask(trained: Config, tmp_path: Path, checkpoint: Checkpoint) -> Callable[...
         if tasks is not None:
             prepare(config.data, config.data_folder, lambda line: None)
         return config
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def hybrid(tmp_path_factory: pytest.TempPathFactory, arc1: dict[str, Task]) -> Config:
+    """A hybrid of 4 steps, one demonstration of each task held out; rows stop when they like."""
+    root = tmp_path_factory.mktemp("hybrid")
+    write_tasks(root / "training", [arc1[task] for task in TRAINED])
+    write_tasks(root / "evaluation", [arc1[task] for task in ASKED])
+    config = hybrid_of(
+        root,
+        data=CANVAS | {"hold_out_demos": 1},
+        trm=EXACT,
+        llama={"dtype": "float64"},
+        adapter={"lr": 1e-2},
+        training={"lr": 1e-3, "puzzle_lr": 0.1, "act_steps": 2, "lr_warmup_steps": 0},
+    )
+    prepare(config.data, config.data_folder, lambda line: None)
+    checkpoint = joint(config, LocalContext(torch.device("cpu"))).checkpoint
+    change_weights(checkpoint, undecided)
+    change_weights(checkpoint, scattered, ["puzzle_table"])
+    return config
+
+
+@pytest.fixture
+def ask_hybrid(hybrid: Config, tmp_path: Path) -> Callable[..., Config]:
+    """ask_hybrid(run, section={key: value}): config to ask that hybrid."""
+    step = hybrid.run_folder / "checkpoints" / "step_00000004"
+
+    def make(run: str = "run", **sections: dict[str, Any]) -> Config:
+        fixed: dict[str, dict[str, Any]] = {
+            "data": CANVAS | {"hold_out_demos": 1},
+            "paths": {"data": hybrid.paths.data, "runs": str(tmp_path / "runs")},
+            "llama": {"dtype": "float64"},
+            "evaluation": {"checkpoint": str(step)},
+            "logging": {"run": run},
+        }
+        given = {s: fixed.get(s, {}) | sections.get(s, {}) for s in fixed | sections}
+        return hybrid_of(Path(hybrid.paths.root), **given)
 
     return make

@@ -61,6 +61,42 @@ def prediction(task: Task, candidates: list[dict[str, Any]]) -> dict[str, Any]:
     return {"task": task.id, "tests": [votes] * len(task.test), "spent": spent}
 
 
+def hybrid_prediction(task: Task, *, oracle: bool = False, text: str = "look") -> dict[str, Any]:
+    first, second = candidate(["01"]), candidate(["10"])
+    attempt = {"grid": ["01"], "confidence": 0.3, "feedback": text, "reasoning": text}
+    found = {
+        "attempts": [
+            {**attempt, "stopped": False},
+            {**attempt, "grid": [], "stopped": False},
+            {**attempt, "grid": answer_rows(task), "stopped": True},
+        ],
+        "curve": [[first], [first], [second, first], [second, first]],
+        "baseline": {"candidates": [first], "views": 40, "wanted": 64},
+    }
+    plain = prediction(task, [second, first])
+    return plain | {
+        "tests": [test | found for test in plain["tests"]],
+        "oracle": oracle,
+        "feedback": "oracle" if oracle else "confidence",
+        "prompt": {"demonstrations": 4, "shown": 3, "tokens": 900},
+        "spent": plain["spent"] | {"llm_tokens": 70_000, "attempts": 96},
+        "baseline_spent": {"rows": 8, "act_steps": 128, "llm_tokens": 5000, "attempts": 8},
+    }
+
+
+def hybrid_results_of(tasks: list[Task], *, oracle: bool = False) -> dict[str, Any]:
+    plain = results_of(tasks)
+    scores = plain["scores"]
+    other = {"run": "trm", "title": "trm alone", "oracle": False, "scores": scores}
+    return plain | {
+        "oracle": oracle,
+        "feedback": "oracle" if oracle else "confidence",
+        "curve": [{"attempt": n, "trying": 12, **scores} for n in (1, 2, 3, 4)],
+        "baseline": {**scores, "views": 480, "wanted": 768, "spent": {"rows": 96}},
+        "beside": [other | {"spent": plain["spent"]}],
+    }
+
+
 def results_of(tasks: list[Task], **changes: Any) -> dict[str, Any]:
     rate = {"numerator": 1.0, "denominator": 12, "value": 1 / 12, "low": 0.01, "high": 0.35}
     metrics = {"outputs": rate, "task_mean": rate, "tasks": rate}
@@ -201,3 +237,80 @@ def test_400_tasks_with_many_candidates_stay_small(tmp_path: Path) -> None:
     predicted = {task.id: prediction(task, ranked) for task in tasks}
     write_report(tmp_path / "r.html", tasks, predicted, results_of(tasks))
     assert (tmp_path / "r.html").stat().st_size < 4_000_000
+
+
+def test_attempts_are_embedded_in_order_and_nothing_that_no_card_shows(
+    tmp_path: Path, tasks: list[Task]
+) -> None:
+    predicted = {task.id: hybrid_prediction(task) for task in tasks}
+    write_report(tmp_path / "r.html", tasks, predicted, hybrid_results_of(tasks))
+    data = Page(tmp_path / "r.html").data
+    assert data["results"] == hybrid_results_of(tasks)
+    for task, shown in zip(tasks, data["tasks"], strict=True):
+        assert shown["prompt"] == {"demonstrations": 4, "shown": 3, "tokens": 900}
+        assert shown.keys() == {"id", "train", "tests", "spent", "prompt"}
+        test = shown["tests"][0]
+        assert [a["grid"] for a in test["attempts"]] == ["01", "", "|".join(answer_rows(task))]
+        assert [a["stopped"] for a in test["attempts"]] == [False, False, True]
+        assert test["most"] == 4
+        assert not {"curve", "baseline"} & test.keys()
+
+
+def test_right_and_wrong_are_for_the_reader_to_see_not_in_the_data(
+    tmp_path: Path, tasks: list[Task]
+) -> None:
+    predicted = {task.id: hybrid_prediction(task) for task in tasks}
+    write_report(tmp_path / "r.html", tasks, predicted, hybrid_results_of(tasks))
+    for task in Page(tmp_path / "r.html").data["tasks"]:
+        for attempt in task["tests"][0]["attempts"]:
+            assert attempt.keys() == {"grid", "confidence", "feedback", "reasoning", "stopped"}
+
+
+def test_what_a_language_model_writes_adds_no_element_and_survives(
+    tmp_path: Path, tasks: list[Task]
+) -> None:
+    for name, text in (("plain", "look"), ("evil", HOSTILE + "<img src=x onerror=alert(1)>")):
+        predicted = {tasks[0].id: hybrid_prediction(tasks[0], text=text)}
+        path = tmp_path / f"{name}.html"
+        write_report(path, tasks[:1], predicted, hybrid_results_of(tasks[:1]))
+    page = Page(tmp_path / "evil.html")
+    assert page.elements == Page(tmp_path / "plain.html").elements
+    assert "<" not in page.scripts[0]
+    for attempt in page.data["tasks"][0]["tests"][0]["attempts"]:
+        assert attempt["reasoning"] == attempt["feedback"] == text
+
+
+@pytest.mark.parametrize("oracle", [True, False])
+def test_the_oracle_banner_is_there_if_and_only_if_answers_were_looked_at(
+    tmp_path: Path, tasks: list[Task], oracle: bool
+) -> None:
+    predicted = {task.id: hybrid_prediction(task, oracle=oracle) for task in tasks}
+    write_report(tmp_path / "r.html", tasks, predicted, hybrid_results_of(tasks, oracle=oracle))
+    page = Page(tmp_path / "r.html")
+    banners = [attributes for _, attributes in page.elements if attributes.get("role") == "alert"]
+    assert [banner["class"] for banner in banners] == ["banner oracle"] * oracle
+    assert ("ORACLE: the answers were looked at" in page.text) == oracle
+    assert "{{" not in page.text
+
+
+def test_trm_alone_shows_nothing_of_self_correction(tmp_path: Path, tasks: list[Task]) -> None:
+    """What the script draws of it hangs on keys that are not there."""
+    predicted = {task.id: prediction(task, [candidate(["01"])]) for task in tasks}
+    results = results_of(tasks, feedback=None, beside=[])
+    write_report(tmp_path / "r.html", tasks, predicted, results)
+    page = Page(tmp_path / "r.html")
+    assert not {"curve", "baseline"} & page.data["results"].keys()
+    for task in page.data["tasks"]:
+        assert task.keys() == {"id", "train", "tests", "spent"}
+        assert not any({"attempts", "most"} & test.keys() for test in task["tests"])
+    assert "oracle" not in {attributes.get("class") for _, attributes in page.elements}
+
+
+def test_a_hybrid_that_read_nothing_or_did_not_answer_has_no_prompt(
+    tmp_path: Path, tasks: list[Task]
+) -> None:
+    alone = hybrid_prediction(tasks[0]) | {"prompt": None}
+    write_report(tmp_path / "r.html", tasks[:2], {tasks[0].id: alone}, hybrid_results_of(tasks[:2]))
+    first, second = Page(tmp_path / "r.html").data["tasks"]
+    assert "prompt" not in first and "attempts" in first["tests"][0]
+    assert "prompt" not in second and "attempts" not in second["tests"][0]

@@ -16,7 +16,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import ASKED, StuckAt, change_weights, config_of, poison, undecided, write_tasks
+from helpers import (
+    ASKED,
+    StuckAt,
+    change_weights,
+    config_of,
+    poison,
+    predictions,
+    recording,
+    undecided,
+    write_tasks,
+)
+from helpers import quietly as evaluate
 from safetensors.torch import load_file
 
 from hybrid.arc import Pair, Task, grid_to_string, string_to_grid
@@ -34,18 +45,6 @@ from hybrid.train import pretrain
 Ask = Callable[..., Config]
 Arc = dict[str, Task]
 PLACEHOLDER = {"attempt_1": [[0, 0], [0, 0]], "attempt_2": [[0, 0], [0, 0]]}
-
-
-def evaluate(config: Config, solve_all: SolveAll = local_solve_all) -> Outcome:
-    return evaluate_loudly(config, solve_all, say=lambda line: None)
-
-
-def predictions(folder: Path) -> dict[str, Any]:
-    """By task, without the seconds they took."""
-    found = {p.stem: json.loads(p.read_text()) for p in (folder / "predictions").glob("*.json")}
-    for prediction in found.values():
-        del prediction["spent"]["seconds"]
-    return found
 
 
 def submission(outcome: Outcome) -> dict[str, Any]:
@@ -84,14 +83,6 @@ def right(task: Task) -> list[list[list[str]]]:
     return [
         [grid_to_string(pair.output).split("\n")] for pair in task.test if pair.output is not None
     ]
-
-
-def recording(asked: list[Question], solve_all: SolveAll = local_solve_all) -> SolveAll:
-    def record(job: Job, questions: Sequence[Question]) -> Iterator[Prediction]:
-        asked.extend(questions)
-        return solve_all(job, questions)
-
-    return record
 
 
 def test_no_answer_reaches_a_prediction(tmp_path: Path, arc1: Arc) -> None:
@@ -388,9 +379,9 @@ def test_no_oracle_and_everything_spent_is_said(ask: Ask) -> None:
     found = results(outcome)
     assert json.loads((outcome.folder / "results.json").read_text()) == outcome.results
     assert found["oracle"] is False
-    assert found["spent"] == {"rows": 30, "act_steps": 120}
+    assert found["spent"] == {"rows": 30, "act_steps": 120, "llm_tokens": 0}
     fixed = results(evaluate(ask(halt="fixed", act_steps=3)))
-    assert fixed["spent"] == {"rows": 30, "act_steps": 90}
+    assert fixed["spent"] == {"rows": 30, "act_steps": 90, "llm_tokens": 0}
     assert fixed["protocol"]["halting"] == "3 ACT steps"
 
 

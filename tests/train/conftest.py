@@ -5,12 +5,22 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import ASKED, TRAINED, change_weights, config_of, undecided, write_tasks
+from helpers import (
+    ASKED,
+    TRAINED,
+    change_weights,
+    config_of,
+    hybrid_of,
+    train_as_rank,
+    undecided,
+    write_tasks,
+)
 
 from hybrid.arc import Task
 from hybrid.config import Config
@@ -44,6 +54,35 @@ def going_on(begun: Path, request: pytest.FixtureRequest) -> Callable[..., Confi
         return config
 
     return copy
+
+
+@pytest.fixture
+def jointly(begun: Path, request: pytest.FixtureRequest) -> Callable[..., Config]:
+    """jointly(name, section={key: value}) -> the config of a new hybrid around that run's TRM.
+
+    The halt head is undecided, so rows stop after different attempts.
+    """
+
+    def make(name: str, **sections: dict[str, Any]) -> Config:
+        sections["trm"] = {"init_from": "begun"} | sections.get("trm", {})
+        sections["logging"] = {"run": f"{request.node.name}-{name}"} | sections.get("logging", {})
+        return hybrid_of(begun, **sections)
+
+    return make
+
+
+@pytest.fixture
+def together(start: Callable[..., BaseProcess], tmp_path: Path) -> Callable[..., None]:
+    """together(config, loop, adamw): the run by two processes joined over the loopback."""
+
+    def run(config: Config, loop: Callable[..., Any] = pretrain, adamw: bool = False) -> None:
+        store = tmp_path / f"store-{config.logging.run}"
+        ranks = [start(train_as_rank, loop, rank, 2, store, config, adamw) for rank in range(2)]
+        for process in ranks:
+            process.join(120)
+        assert [process.exitcode for process in ranks] == [0, 0]
+
+    return run
 
 
 @pytest.fixture(scope="session")

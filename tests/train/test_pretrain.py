@@ -20,7 +20,7 @@ from hybrid.dataset import Dataset, Stream, prepare
 from hybrid.dataset.stream import Rows
 from hybrid.errors import UserError
 from hybrid.train import Result, estimate, pretrain, total_steps
-from hybrid.train.pretrain import trained_on
+from hybrid.train.loop import trained_on
 from hybrid.train.progress import _last
 from hybrid.trm import TRM
 
@@ -137,11 +137,11 @@ def test_the_estimate_is_that_of_the_model_that_will_run(going_on: GoingOn, trai
     config = going_on("a", training={"steps": 2})
     tensors = load_file(train(config).checkpoint / "average.safetensors")
     trained = sum(value.numel() for value in tensors.values())
-    text = estimate(config)
-    assert f"parameters: {trained:,} trained, puzzle table 37 x 32" in text
+    text = estimate(config, "trm")
+    assert f"parameters: {trained:,} trained in the TRM, puzzle table 37 x 32" in text
     assert "steps: 2 of 6 rows (27 rows an epoch)" in text
     nothing = config_of(Path("/nowhere"))
-    assert "not known yet: /nowhere/arc/processed: no dataset here" in estimate(nothing)
+    assert "not known yet: /nowhere/arc/processed: no dataset here" in estimate(nothing, "trm")
 
 
 @pytest.mark.slow

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ClippedAdamW, metrics, pretrain_as_rank
-from safetensors.torch import load_file
-from torch import Tensor
+from helpers import ClippedAdamW, assert_close, metrics, tensors
 
 from hybrid.config import Config
 from hybrid.context import worker_slots
@@ -26,41 +23,8 @@ Together = Callable[..., None]
 SIX_STEPS = {"steps": 7, "save_every": 3}
 
 
-@pytest.fixture
-def together(start: Callable[..., BaseProcess], tmp_path: Path) -> Together:
-    """together(config): the run by two processes joined over the loopback."""
-
-    def run(config: Config, adamw: bool = False) -> None:
-        store = tmp_path / f"store-{config.logging.run}"
-        ranks = [start(pretrain_as_rank, rank, 2, store, config, adamw) for rank in range(2)]
-        for process in ranks:
-            process.join(60)
-        assert [process.exitcode for process in ranks] == [0, 0]
-
-    return run
-
-
 def folder(config: Config, step: int) -> Path:
     return config.run_folder / "checkpoints" / f"step_{step:08d}"
-
-
-def tensors(path: Path) -> dict[str, Tensor]:
-    """All of a checkpoint, the slots of its workers joined in order."""
-    slots = [load_file(file) for file in sorted(path.glob("slots_*"))]
-    joined = {name: torch.cat([part[name] for part in slots]) for name in slots[0]}
-    for file in ("model", "average", "optimizer", "puzzle_table"):
-        joined |= {f"{file}.{k}": v for k, v in load_file(path / f"{file}.safetensors").items()}
-    return joined
-
-
-def assert_close(one: Path, other: Path) -> None:
-    a, b = tensors(one), tensors(other)
-    assert a.keys() == b.keys()
-    for name in a:
-        if a[name].is_floating_point():
-            torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5, msg=name)
-        else:
-            assert torch.equal(a[name], b[name]), f"{name} differs"
 
 
 def test_one_and_two_workers_and_every_change_between_them_agree(

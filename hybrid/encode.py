@@ -1,0 +1,46 @@
+"""Encodes a dataset's problems beforehand, for language models that are expensive."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from hybrid.config import Config
+from hybrid.dataset import Dataset
+from hybrid.errors import UserError
+from hybrid.llm import open_reader
+
+
+class Encoder:
+    """A language model and a store that it fills."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.dataset = Dataset.open(config.data_folder)
+        self.reader = open_reader(
+            config.llama,
+            device,
+            models=config.models_folder,
+            encodings=config.encodings_folder,
+        )
+        assert self.reader.store is not None
+        self.store = self.reader.store
+
+    @property
+    def folder(self) -> Path:
+        """Where the files are."""
+        return self.store.folder
+
+    @torch.no_grad()
+    def add(self, problems: Sequence[tuple[int, int]]) -> int:
+        """Encode those of `Dataset.problems` that are not there; returns how many that were."""
+        prompts = [self.reader.prompt(self.dataset.problem_at(*problem)) for problem in problems]
+        return self.store.add([prompt.tokens for prompt in prompts])
+
+
+def plan(config: Config) -> list[tuple[int, int]]:
+    """The problems to encode; UserError if the config does not want encodings."""
+    if not config.llama.encodings:
+        raise UserError("llama.encodings is false: nothing would read what is encoded")
+    return Dataset.open(config.data_folder).problems(config.training.variants)

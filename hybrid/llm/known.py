@@ -1,0 +1,69 @@
+"""Shapes of Meta's models, for memory estimates without a download, and their names."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What memory and compute of a decoder depend on."""
+
+    parameters: int
+    layers: int
+    hidden_size: int
+    kv_width: int
+    """Key-value heads times head size."""
+    query_groups: int
+    """Query heads that share a key-value head."""
+
+    @property
+    def kv_values_per_token(self) -> int:
+        """Numbers that the key-value cache holds for one token."""
+        return 2 * self.layers * self.kv_width
+
+    def __str__(self) -> str:
+        return f"{self.parameters:,} ({self.layers} layers of {self.hidden_size})"
+
+
+_1B = Shape(parameters=1_235_814_400, layers=16, hidden_size=2048, kv_width=512, query_groups=4)
+_3B = Shape(parameters=3_212_749_824, layers=28, hidden_size=3072, kv_width=1024, query_groups=3)
+_8B = Shape(parameters=8_030_261_248, layers=32, hidden_size=4096, kv_width=1024, query_groups=4)
+_70B = Shape(parameters=70_553_706_496, layers=80, hidden_size=8192, kv_width=1024, query_groups=8)
+_405B = Shape(
+    parameters=405_853_388_800, layers=126, hidden_size=16384, kv_width=1024, query_groups=16
+)
+SHAPES = {
+    f"meta-llama/{name}{suffix}": shape
+    for name, shape in {
+        "Llama-3.2-1B": _1B,
+        "Llama-3.2-3B": _3B,
+        "Llama-3.1-8B": _8B,
+        "Llama-3.1-70B": _70B,
+        "Llama-3.1-405B": _405B,
+    }.items()
+    for suffix in ("", "-Instruct")
+}
+"""From the models' own config files."""
+SHAPES["meta-llama/Llama-3.3-70B-Instruct"] = _70B
+SHAPES["smollm2-135m"] = Shape(
+    parameters=134_515_008, layers=30, hidden_size=576, kv_width=192, query_groups=3
+)
+
+
+_TEXT_MODEL = re.compile(r"(?:(meta-llama)/)?(Llama-3\.\d-\d+B(?:-\w+)?)", re.IGNORECASE)
+
+
+def misnamed(model: str) -> str | None:
+    """What to say of a name like Meta's Llama 3 text models that is none; None for other names."""
+    match = _TEXT_MODEL.fullmatch(model)
+    if not match or model in SHAPES or "vision" in model.lower():
+        return None
+    names = [known.removeprefix("meta-llama/") for known in SHAPES if "/" in known]
+    near = get_close_matches(match[2], names, n=1, cutoff=0)[0]
+    return (
+        f"llama.model: there is no {model!r}; did you mean meta-llama/{near}?"
+        f" There are {', '.join(names)}"
+    )

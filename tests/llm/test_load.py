@@ -1,0 +1,299 @@
+"""Models that load are whole and safe; for all others there is one line that says what to do."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+import transformers
+from huggingface_hub.errors import GatedRepoError
+from transformers import AutoConfig
+
+from hybrid.errors import UserError
+from hybrid.llm import SHAPES, LlamaConfig, misnamed
+from hybrid.llm.backbone import Backbone
+from hybrid.llm.load import _advice, _shape, load_backbone, shape
+from hybrid.llm.tiny import tiny_random
+
+CPU = torch.device("cpu")
+Saved = Callable[[str], Path]
+CANNOT_BE = {"num_attention_heads": 0, "hidden_size": "wide", "intermediate_size": 128}
+
+
+def load(model: Path | str, cache: Path, **keys: Any) -> Backbone:
+    return load_backbone(LlamaConfig(model=str(model), **keys), CPU, cache)
+
+
+def refused(model: Path | str, cache: Path) -> str:
+    """The one line in which it is refused."""
+    with pytest.raises(UserError) as caught:
+        load(model, cache)
+    line = str(caught.value)
+    assert line.startswith("llama.model: ") and "\n" not in line and len(line) < 600
+    return line
+
+
+def change(folder: Path, name: str = "config.json", **keys: Any) -> Path:
+    text = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(text | keys))
+    return folder
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(torch.arange(20)[None]).logits
+    return found
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Llama-3.2-8B",
+        "meta-llama/Llama-3.2-8B",
+        "llama-3.2-8b",
+        "Llama-3.2-8B-Instruct",
+        "META-LLAMA/llama-3.2-8b-instruct",
+        "Llama-3.1-8B",
+    ],
+)
+def test_a_name_like_metas_that_is_none_is_told_the_names_there_are(
+    name: str, tmp_path: Path
+) -> None:
+    line = refused(name, tmp_path)
+    assert name in line and "Llama-3.1-8B-Instruct" in line and "Llama-3.2-3B" in line
+    [suggested] = re.findall(r"did you mean (\S+)\?", line)
+    assert suggested in SHAPES and suggested.endswith("-Instruct") == name.lower().endswith("t")
+
+
+def test_names_that_exist_or_are_not_metas_are_left_alone() -> None:
+    others = ("meta-llama/Llama-3.2-11B-Vision", "unsloth/Llama-3.2-8B", "./Llama-3.2-8B")
+    assert not any(map(misnamed, (*SHAPES, *others)))
+
+
+# What is not there, or not whole
+
+
+@pytest.mark.parametrize("name", ["./nothing", "/nothing/at/all", "~/nothing", "nothing.gguf"])
+def test_what_is_not_there_is_named(name: str, tmp_path: Path) -> None:
+    assert refused(name, tmp_path).endswith(f"{name}: no such file or folder")
+
+
+def test_what_is_no_model_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+    """Whatever the folder is called."""
+    for name in ("empty", "connect4"):
+        (tmp_path / name).mkdir()
+        line = refused(tmp_path / name, tmp_path)
+        assert "cannot be loaded" in line and "hub" not in line
+    (tmp_path / "notes.txt").write_text("no model")
+    assert "a folder or a .gguf file" in refused(tmp_path / "notes.txt", tmp_path)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("kept", [0, 9, 0.5])
+def test_a_file_cut_off_is_one_line(saved: Saved, tmp_path: Path, file: str, kept: float) -> None:
+    path = saved("model") / file
+    data = path.read_bytes()
+    path.write_bytes(data[: int(kept * len(data)) if kept < 1 else int(kept)])
+    assert "cannot be loaded (" in refused(path.parent, tmp_path)
+
+
+@pytest.mark.parametrize(("key", "value"), CANNOT_BE.items())
+def test_a_config_that_cannot_be_is_one_line(
+    saved: Saved, tmp_path: Path, key: str, value: Any
+) -> None:
+    folder = change(saved("model"), **{key: value})
+    assert "cannot be loaded (" in refused(folder, tmp_path)
+    if key != "intermediate_size":
+        assert shape(LlamaConfig(model=str(folder))) is None
+
+
+@pytest.mark.parametrize("keys", [{"num_hidden_layers": 3}, {"tie_word_embeddings": False}])
+def test_a_tensor_that_is_missing_is_not_made_up(
+    saved: Saved, tmp_path: Path, keys: dict[str, Any]
+) -> None:
+    """Transformers would draw it at random and say so in a warning."""
+    assert "tensors are missing" in refused(change(saved("model"), **keys), tmp_path)
+
+
+def test_a_model_of_another_kind_is_refused(saved: Saved, tmp_path: Path) -> None:
+    folder = change(saved("model"), model_type="gpt2", architectures=["GPT2LMHeadModel"])
+    assert "no decoder of LLaMA's kind" in refused(folder, tmp_path)
+
+
+def test_a_broken_chat_template_is_one_line(saved: Saved, tmp_path: Path) -> None:
+    folder = change(saved("model"), "tokenizer_config.json", chat_template="{{ bad")
+    assert "cannot be loaded (" in refused(folder, tmp_path)
+
+
+def test_a_whole_folder_is_the_model_that_was_saved(saved: Saved, tmp_path: Path) -> None:
+    folder = saved("model")
+    for dtype in ("float32", "bfloat16"):
+        backbone = load(folder, tmp_path / "cache", dtype=dtype)
+        other = tiny_random(getattr(torch, dtype))[0]
+        assert torch.equal(logits(backbone.model), logits(other))
+    assert not (tmp_path / "cache").exists()
+    assert backbone.revision == "local"
+
+
+# Nothing from outside is run
+
+
+@pytest.mark.parametrize("kind", ["llama", "custom", "tokenizer"])
+def test_code_that_comes_with_a_model_is_not_run(
+    saved: Saved, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is anybody asked whether it should be. A known kind loads without it."""
+    folder, mark = saved("model"), tmp_path / "ran"
+    (folder / "evil.py").write_text(
+        f"open({str(mark)!r}, 'w').close()\n"
+        "from transformers import LlamaConfig as C, LlamaForCausalLM as M\n"
+        "from transformers import PreTrainedTokenizerFast as T\n"
+    )
+    classes = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M", "AutoModel": "evil.M"}
+    if kind == "tokenizer":
+        tokenizers = {"AutoTokenizer": ["evil.T", "evil.T"]}
+        change(folder, "tokenizer_config.json", auto_map=tokenizers, tokenizer_class="T")
+    else:
+        change(folder, model_type=kind, auto_map=classes)
+
+    def asked(*_: Any) -> str:
+        mark.touch()
+        return "y"
+
+    monkeypatch.setattr("builtins.input", asked)
+    found = shape(LlamaConfig(model=str(folder)))
+    assert (found is None) == (kind == "custom")
+    if kind == "llama":
+        load(folder, tmp_path)
+    else:
+        assert "needs code of its own, which is never run" in refused(folder, tmp_path)
+    assert not mark.exists()
+
+
+class _Runs:
+    """Its pickle, opened, writes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
+def test_pickled_weights_are_never_opened(saved: Saved, tmp_path: Path) -> None:
+    folder, mark = saved("model"), tmp_path / "ran"
+    (folder / "model.safetensors").unlink()
+    weights = {**tiny_random(torch.float32)[0].state_dict(), "x": _Runs(mark)}
+    torch.save(weights, folder / "pytorch_model.bin")
+    assert "pickled weights are never read" in refused(folder, tmp_path)
+    assert not mark.exists()
+
+
+# The hub
+
+
+def test_a_hub_id_without_a_network_is_one_line_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HF_HUB_OFFLINE=1, as it is after import; nobody may so much as look up an address."""
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("looked for the hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    started, line = time.monotonic(), refused("nobody/nothing", tmp_path)
+    assert "out of reach" in line and "hf download" in line and "smollm2-135m" in line
+    assert time.monotonic() - started < 5
+
+
+def test_sizes_are_not_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = "huggingface_hub.file_download.get_hf_file_metadata"
+    monkeypatch.setattr(asked, lambda *_, **__: pytest.fail("asked the hub"))
+    assert shape(LlamaConfig(model="nobody/nothing")) is None
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_gated_model_is_told_to_accept_its_licence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrapped: bool
+) -> None:
+    """Transformers sometimes puts another error around it."""
+    response: Any = SimpleNamespace(headers={}, request=None)
+
+    def gated(*_: Any, **__: Any) -> None:
+        error = GatedRepoError("403: you are not in the list", response=response)
+        if not wrapped:
+            raise error
+        raise OSError("You are trying to\naccess a gated repo.") from error
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", gated)
+    line = refused("meta-llama/Llama-3.1-8B", tmp_path)
+    assert "https://huggingface.co/meta-llama/Llama-3.1-8B " in line and "HF_TOKEN" in line
+
+
+def test_an_error_that_turns_in_circles_is_explained_too() -> None:
+    first, second = OSError("first"), OSError("second")
+    first.__cause__, second.__cause__ = second, first
+    assert "first" in _advice("nobody/nothing", first)
+
+
+# Memory and sizes
+
+
+def test_a_model_larger_than_the_memory_is_refused_before_it_is_read(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved("model")
+    (folder / "model.safetensors").unlink()
+    memory = SimpleNamespace(available=26_848 * 4 - 1)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+    assert "as float32, this machine has 0.0 GiB free; choose a" in refused(folder, tmp_path)
+    memory.available += 1
+    assert "has no model.safetensors" in refused(folder, tmp_path)
+
+
+def test_shape_counts_every_parameter(smollm2: Backbone, saved: Saved) -> None:
+    real = {"smollm2-135m": smollm2.model, "tiny-random": tiny_random(torch.float32)[0]}
+    for name, model in real.items():
+        found = shape(LlamaConfig(model=name))
+        assert found is not None and found == _shape(model.config)
+        assert found.parameters == sum(weight.numel() for weight in model.parameters())
+        cache = model.model(torch.zeros(1, 7, dtype=torch.long), use_cache=True)[1]
+        held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+        assert found.kv_values_per_token * 7 == held, name
+    assert shape(LlamaConfig(model=str(saved("model")))) == shape(LlamaConfig(model="tiny-random"))
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("meta-llama/Llama-3.1-8B-Instruct", (4096, 14336, 32, 32, False)),
+        ("meta-llama/Llama-3.2-1B", (2048, 8192, 16, 32, True)),
+        ("meta-llama/Llama-3.3-70B-Instruct", (8192, 28672, 80, 64, False)),
+    ],
+)
+def test_metas_shapes_are_those_of_the_real_architecture(
+    name: str, sizes: tuple[int, int, int, int, bool]
+) -> None:
+    hidden, inner, layers, heads, tied = sizes
+    config = transformers.LlamaConfig(
+        vocab_size=128256,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        tie_word_embeddings=tied,
+    )
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    assert SHAPES[name] == _shape(config) == shape(LlamaConfig(model=name))
+    assert SHAPES[name].parameters == sum(weight.numel() for weight in model.parameters())

@@ -1,0 +1,300 @@
+"""A joint run interrupted, shared, begun from another run, refused."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    ClippedAdamW,
+    assert_close,
+    change_weights,
+    config_of,
+    hybrid_of,
+    metrics,
+    tensors,
+)
+from torch import Tensor
+
+from hybrid.checkpoint import newest, read
+from hybrid.cluster import launch
+from hybrid.config import Config
+from hybrid.context import LocalContext
+from hybrid.dataset import Dataset, prepare
+from hybrid.errors import UserError
+from hybrid.llm.backbone import Backbone
+from hybrid.llm.tiny import tiny_random
+from hybrid.train import Diverged, Joint, Result, joint, pretrain
+from hybrid.train.loop import train as train_loop
+from hybrid.train.state import fresh
+
+Jointly = Callable[..., Config]
+CPU = LocalContext(torch.device("cpu"))
+EXACT = {"trm": {"forward_dtype": "float64"}, "llama": {"dtype": "float64"}}
+"""Rounding is then far below what a scale-free optimiser would make steps of."""
+
+
+def folder(config: Config, step: int) -> Path:
+    return config.run_folder / "checkpoints" / f"step_{step:08d}"
+
+
+def losses(config: Config) -> list[dict[str, Any]]:
+    return [line for line in metrics(config.run_folder) if "loss" in line]
+
+
+def test_four_steps_are_two_and_a_new_process_and_two(
+    jointly: Jointly, start: Callable[..., BaseProcess]
+) -> None:
+    """With all that is drawn by chance, in batches whose rows stop at different attempts."""
+    training = {"save_every": 2, "blank_puzzle_prob": 0.5, "clip_norm": 1.0, "freeze_trunk": 0.3}
+    drawn = {"trm": {"halt_exploration_prob": 0.5}, "training": training}
+    whole, halves = (jointly(name, **drawn) for name in ("whole", "halves"))
+    joint(whole, CPU)
+    shutil.copytree(whole.run_folder, halves.run_folder)
+    shutil.rmtree(folder(halves, 4))
+    process = start(joint, halves, CPU)
+    process.join()
+    assert process.exitcode == 0
+    assert_close(folder(whole, 4), folder(halves, 4), 0, 0)
+    assert metrics(halves.run_folder) == metrics(whole.run_folder)
+    assert any(line["steps"] % 1 for line in losses(whole)), "all rows stopped together"
+    assert [m["step"] for m in metrics(whole.run_folder) if "loss" not in m] == [0, 4]
+
+
+@pytest.mark.parametrize("adamw", [False, True])
+def test_two_workers_train_the_run_that_one_does(
+    jointly: Jointly,
+    together: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    adamw: bool,
+) -> None:
+    """AdamW behind clipping sees the scale that Adam-atan2 and sign-SGD hide."""
+    rate = {"adapter": {"lr": 1e-4}, "training": {"save_every": 1, "blank_puzzle_prob": 0.3}}
+    sections = {**EXACT, **rate, "feedback": {"history": 2}}
+    one, two = (jointly(name, **sections) for name in ("one", "two"))
+    together(two, joint, adamw)
+    if adamw:
+        monkeypatch.setattr("hybrid.train.state.AdamAtan2", ClippedAdamW)
+    joint(one, CPU)
+    for step in (1, 2, 4):
+        assert_close(folder(one, step), folder(two, step), atol=1e-6)
+    for ours, theirs in zip(metrics(one.run_folder), metrics(two.run_folder), strict=True):
+        # Variance is over the rows that a worker has.
+        ours.pop("latent_variance", None), theirs.pop("latent_variance", None)
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    if adamw:
+        grads = [g.norm() for n, g in tensors(folder(one, 4)).items() if "optimizer.m." in n]
+        assert torch.stack(grads).norm() > 0.05, "gradients too small to tell"
+
+
+def test_encodings_made_beforehand_train_the_same_and_nothing_is_encoded_again(
+    jointly: Jointly, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sections: dict[str, dict[str, Any]] = {**EXACT, "adapter": {"lr": 1e-4}}
+    sections["training"] = {"steps": 3, "variants": 1}
+    now = jointly("now", **sections)
+    sections["llama"] = {**EXACT["llama"], "encodings": True}
+    before = jointly("before", **sections)
+    said = launch.encode(replace(before, cluster=replace(before.cluster, num_workers=0)))
+    torch.set_num_threads(1)
+    assert " 0 encoded now" not in said
+    joint(now, CPU)
+    monkeypatch.setattr(Backbone, "_encode", None)  # called, it would raise
+    joint(before, CPU)
+    assert_close(folder(now, 3), folder(before, 3), atol=1e-6)
+    again = launch.encode(replace(before, cluster=replace(before.cluster, num_workers=0)))
+    assert " 0 encoded now" in again
+
+
+@pytest.fixture
+def other(begun: Path, tmp_path: Path) -> dict[str, Any]:
+    """Paths of another dataset of the same tasks."""
+    config = config_of(begun, data={"seed": 1}, paths={"data": str(tmp_path / "other")})
+    prepare(config.data, config.data_folder, lambda line: None)
+    return {"data": str(tmp_path / "other")}
+
+
+def started(config: Config, hybrid: bool = False) -> dict[str, Tensor]:
+    """The tensors of a TRM before its first step."""
+    dataset = Dataset.open(config.data_folder)
+    return dict(fresh(config, dataset, range(6), CPU.device).trm.state_dict())
+
+
+def test_a_run_begins_with_the_averaged_weights_and_table_of_another(
+    jointly: Jointly, begun: Path, other: dict[str, Any]
+) -> None:
+    found = newest(begun / "runs/begun/checkpoints")
+    assert found is not None
+    model, average, table = (found.tensors(n) for n in ("model", "average", "puzzle_table"))
+    assert not torch.equal(model["embed_tokens"], average["embed_tokens"])
+    new = started(jointly("a"))
+    by_path = started(jointly("b", trm={"init_from": str(found.folder)}))
+    elsewhere = started(jointly("c", paths=other, data={"seed": 1}))
+    for name, value in (model | average).items():
+        for state in (new, by_path, elsewhere):
+            assert torch.equal(state[name], value), name
+    for state in (new, by_path):
+        assert torch.equal(state["puzzle_table"], table["puzzle_table"])
+    mean = table["puzzle_table"][1:].mean(0)
+    assert mean.abs().sum() > 0
+    for row in elsewhere["puzzle_table"]:
+        assert torch.equal(row, mean)
+
+
+def test_a_hybrid_begins_with_the_trm_inside_another_hybrid(jointly: Jointly) -> None:
+    first = jointly("first", training={"steps": 2})
+    average = read(joint(first, CPU).checkpoint).tensors("average")
+    state = started(jointly("second", trm={"init_from": first.logging.run}))
+    for name, value in average.items():
+        if name.startswith("trm."):
+            assert torch.equal(state[name.removeprefix("trm.")], value), name
+
+
+@pytest.mark.parametrize("loop", [pretrain, joint])
+@pytest.mark.parametrize(
+    ("trm", "says"),
+    [
+        ({"hidden_size": 16, "puzzle_emb_ndim": 16}, "trm.hidden_size 32 there, 16 here"),
+        ({"L_cycles": 2}, "trm.L_cycles 1 there, 2 here"),
+        ({"puzzle_emb_ndim": 0}, "trm.puzzle_emb_ndim 32 there, 0 here"),
+        ({"init_from": "begum"}, "trm.init_from: begum is no checkpoint folder and no run in"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_refused_before_anything_is_written(
+    jointly: Jointly, loop: Any, trm: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """puzzle_emb_ndim=0 would drop task identity without a word."""
+    many = {"training": {"batch_size": 1000}, "cluster": {"num_workers": 1000}}
+    monkeypatch.setattr("hybrid.cluster.trainer.fit", None)  # called, it would raise
+    config = jointly("a", trm=trm, **many)
+    with pytest.raises(UserError, match=r"trm\.init_from") as error:
+        getattr(launch, loop.__name__)(config)
+    assert says in str(error.value)
+    assert not config.run_folder.exists()
+
+
+def test_what_a_run_began_with_may_be_gone_when_it_is_resumed(
+    jointly: Jointly, begun: Path
+) -> None:
+    shutil.copytree(begun / "runs/begun", begun / "runs/fleeting")
+    config = jointly("a", trm={"init_from": "fleeting"}, training={"steps": 1})
+    whole = jointly("whole", training={"steps": 2})
+    joint(config, CPU)
+    joint(whole, CPU)
+    shutil.rmtree(begun / "runs/fleeting")
+    longer = replace(config, training=replace(config.training, steps=2))
+    assert_close(folder(whole, 2), joint(longer, CPU).checkpoint, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["trm", "hybrid"])
+def test_a_frozen_trunk_stays_to_the_bit_while_puzzles_are_learned(
+    jointly: Jointly, kind: str
+) -> None:
+    training = {"steps": 8, "save_every": 1, "freeze_trunk": 0.25, "lr_warmup_steps": 0}
+    config = jointly("a", training=training)
+    loop: Callable[..., Result] = joint if kind == "hybrid" else pretrain
+    loop(config, CPU)
+    new = started(config)
+
+    def weights(step: int, name: str = "model") -> dict[str, Tensor]:
+        found = read(folder(config, step)).tensors(name)
+        return {key.removeprefix("trm."): value for key, value in found.items()}
+
+    for step in (1, 2):
+        for name, value in weights(step).items():
+            before = new.get(name, weights(1)[name])
+            assert torch.equal(value, before), f"{name} moved in step {step}"
+            if name in weights(step, "average"):
+                assert torch.equal(weights(step, "average")[name], before), name
+    tables = [new, *(weights(step, "puzzle_table") for step in (1, 2, 3))]
+    for earlier, later in zip(tables, tables[1:], strict=False):
+        assert not torch.equal(earlier["puzzle_table"], later["puzzle_table"])
+    still = {n for n, v in weights(3).items() if torch.equal(v, weights(2)[n])}
+    assert not {name for name in still & weights(3, "average").keys() if name in new}
+
+
+@pytest.mark.parametrize("source", ["vote", "demos"])
+def test_feedback_that_training_cannot_have_is_refused(jointly: Jointly, source: str) -> None:
+    config = jointly("a", feedback={"source": source})
+    with pytest.raises(UserError, match=rf"feedback\.source={source} is for evaluation"):
+        launch.joint(config)
+    assert not config.run_folder.exists()
+
+
+def test_a_run_of_the_other_kind_is_refused(jointly: Jointly, begun: Path) -> None:
+    hybrid = jointly("a", training={"steps": 1})
+    joint(hybrid, CPU)
+    trm = hybrid_of(begun, logging={"run": "begun"})
+    for loop, config, says in (
+        (launch.joint, trm, "holds a run of kind trm, not hybrid"),
+        (launch.pretrain, hybrid, "holds a run of kind hybrid, not trm"),
+    ):
+        with pytest.raises(UserError, match=says):
+            loop(config)
+
+
+def test_another_reader_in_an_old_run_is_refused(jointly: Jointly) -> None:
+    config = jointly("a", training={"steps": 1})
+    joint(config, CPU)
+    for section, change in (
+        ("llama", {"max_prompt_tokens": 99}),
+        ("adapter", {"lr": 0.5}),
+        ("feedback", {"source": "none"}),
+    ):
+        other = replace(config, **{section: replace(getattr(config, section), **change)})
+        [name] = change
+        with pytest.raises(UserError, match=rf"holds a run of another config \({section}\.{name}"):
+            launch.joint(other)
+
+
+def test_the_same_name_for_other_weights_is_refused_on_resuming(
+    jointly: Jointly, tmp_path: Path
+) -> None:
+    model, tokenizer = tiny_random(torch.float32)
+    tokenizer.save_pretrained(tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    config = jointly("a", llama={"model": str(tmp_path / "model")}, training={"steps": 1})
+    joint(config, CPU)
+    longer = replace(config, training=replace(config.training, steps=2))
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(0.5)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=r"llama\.model: .* is not the model that .* trained with"):
+        joint(longer, CPU)
+    assert not folder(config, 2).exists()
+
+
+def test_a_diverged_step_moves_nothing(jointly: Jointly) -> None:
+    config = jointly("a", training={"steps": 1})
+    good = joint(config, CPU).checkpoint
+
+    def blow_up(found: dict[str, Tensor]) -> None:
+        found["trm.lm_head.weight"].fill_(1e38)
+
+    change_weights(good, blow_up)
+    made: list[Joint] = []
+
+    def make(*args: Any) -> Joint:
+        made.append(Joint(*args))
+        return made[0]
+
+    longer = replace(config, training=replace(config.training, steps=2))
+    with pytest.raises(Diverged, match=rf"step 2: .* last good checkpoint: {good}"):
+        train_loop(longer, CPU, make)
+    kept = read(good).tensors("model") | read(good).tensors("puzzle_table")
+    state = made[0].state
+    assert state.step == 1
+    for name, value in state.model.state_dict().items():
+        before = kept["puzzle_table" if name == "trm.puzzle_table" else name]
+        assert torch.equal(value, before), name
+    for name, value in read(good).tensors("average").items():
+        assert torch.equal(state.average.shadow[name], value), name
+    for name, value in read(good).tensors("optimizer").items():
+        which, _, key = name.partition(".")
+        assert torch.equal(getattr(state.optimizer, which)[key], value), name
