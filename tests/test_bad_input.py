@@ -46,7 +46,7 @@ HYBRID = ("logging.run=hybrid", TINY)
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, arc1: dict[str, Task]) -> Path:
-    """exp.yaml, its tasks, dataset and a run of each kind of one step; relative paths throughout."""
+    """exp.yaml, its tasks, dataset and runs of one step, one of each kind; all paths relative."""
     root = tmp_path_factory.mktemp("finished")
     write_tasks(root / "tasks/training", [arc1[task] for task in TRAINED])
     write_tasks(root / "tasks/evaluation", [arc1[task] for task in ASKED])

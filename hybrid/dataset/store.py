@@ -133,7 +133,7 @@ class Dataset:
         """
         task = int(self.task_of[variant])
         view = self.augmentation(variant)
-        others = tuple(shown for shown in self.demonstrations(task) if shown is not pair)
+        others = tuple(shown for shown in self.demonstrations(task) if shown != pair)
         asked = Pair(input=pair.input, output=None)
         return view.apply_task(Task(id=view.task, train=others, test=(asked,)))
 

@@ -13,6 +13,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ class EncodingStore:
                 for which, name in enumerate(("keys", "values"))
             }
             path = self.path(problem)
-            partial = path.with_suffix(f".{os.getpid()}.partial")
+            partial = path.with_suffix(f".{uuid4().hex}.partial")
             try:
                 save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial)
                 os.replace(partial, path)

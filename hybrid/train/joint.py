@@ -201,7 +201,10 @@ def _loss(attempt: Attempt) -> tuple[Tensor, Sums]:
     outputs, labels = attempt.outputs, attempt.rows.current["labels"]
     loss, sums = act_loss(outputs.logits, outputs.q_halt, labels, number, attempt.ended)
     sums["asked"] = loss.new_tensor(len(number))
-    sums["latent_variance"] = len(number) * latent_variance(attempt.reading.latent).to(loss)
+    # One row differs from nobody: it is not among those compared.
+    compared = len(number) if len(number) > 1 else 0
+    sums["compared"] = loss.new_tensor(compared)
+    sums["latent_variance"] = compared * latent_variance(attempt.reading.latent).to(loss)
     return loss, sums
 
 

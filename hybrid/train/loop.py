@@ -263,8 +263,10 @@ class _Meter:
         ended = max(1.0, sums.pop("count"))
         # The TRM is asked once a step, the hybrid at every attempt.
         asked_of = sums.pop("asked", asked)
-        per_row = ("lm_loss", "q_halt_loss", "latent_variance")
-        losses = {name: sums.pop(name) / asked_of for name in per_row if name in sums}
+        losses = {name: sums.pop(name) / asked_of for name in ("lm_loss", "q_halt_loss")}
+        if "compared" in sums:
+            compared = max(1.0, sums.pop("compared"))
+            losses["latent_variance"] = sums.pop("latent_variance") / compared
         self.latest = {
             "loss": losses["lm_loss"] + 0.5 * losses["q_halt_loss"],
             **losses,

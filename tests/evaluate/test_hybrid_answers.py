@@ -109,6 +109,22 @@ def test_an_adapter_that_says_nothing_leaves_the_trm_alone(
     assert heard.results["spent"]["llm_tokens"] > without.results["spent"]["llm_tokens"] == 0
 
 
+def test_the_averaged_weights_answer(ask_hybrid: Ask, hybrid: Config) -> None:
+    step = hybrid.run_folder / "checkpoints/step_00000004"
+    other = hybrid.run_folder.parent / "blurred" / step.name
+    shutil.copytree(step, other)
+    averaged = read(step).tensors("average")
+
+    def blur(found: dict[str, Tensor]) -> None:
+        for name in averaged.keys() & found.keys():
+            found[name].fill_(0.1)
+
+    change_weights(other, blur, ["model"])
+    evaluation = {"checkpoint": str(other)}
+    blurred = quietly(ask_hybrid("blurred", evaluation=evaluation))
+    assert grids(blurred.folder) == grids(quietly(ask_hybrid()).folder)
+
+
 def test_puzzle_rows_are_those_of_the_views_or_blank(
     ask_hybrid: Ask, hybrid: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:

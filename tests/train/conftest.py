@@ -65,7 +65,7 @@ def jointly(begun: Path, request: pytest.FixtureRequest) -> Callable[..., Config
 
     def make(name: str, **sections: dict[str, Any]) -> Config:
         sections["trm"] = {"init_from": "begun"} | sections.get("trm", {})
-        sections["logging"] = {"run": f"{request.node.name}-{name}"} | sections.get("logging", {})
+        sections["logging"] = {"run": f"joint-{request.node.name}-{name}"}
         return hybrid_of(begun, **sections)
 
     return make

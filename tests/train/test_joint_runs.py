@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -213,7 +214,7 @@ def test_a_frozen_trunk_stays_to_the_bit_while_puzzles_are_learned(
             if name in weights(step, "average"):
                 assert torch.equal(weights(step, "average")[name], before), name
     tables = [new, *(weights(step, "puzzle_table") for step in (1, 2, 3))]
-    for earlier, later in zip(tables, tables[1:], strict=False):
+    for earlier, later in pairwise(tables):
         assert not torch.equal(earlier["puzzle_table"], later["puzzle_table"])
     still = {n for n, v in weights(3).items() if torch.equal(v, weights(2)[n])}
     assert not {name for name in still & weights(3, "average").keys() if name in new}
