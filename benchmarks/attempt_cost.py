@@ -27,6 +27,7 @@ from hybrid.solver.feedback import MOST_CELLS
 
 PROBLEM_TOKENS = 2000
 ROUNDS = 5
+ATTEMPTS_PER_ROUND = 5
 RESULTS = Path(__file__).parent / "results" / "attempt_cost.json"
 
 
@@ -52,8 +53,9 @@ def main() -> None:
                 seconds.setdefault(encode, []).append(
                     timed(lambda: reader.backbone.encode([problem]))
                 )
-                seconds.setdefault(attempt, []).append(
+                seconds.setdefault(attempt, []).extend(
                     timed(lambda: read(reader, encoding, latent, said))
+                    for _ in range(ATTEMPTS_PER_ROUND)
                 )
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ratios = {

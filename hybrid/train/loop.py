@@ -132,9 +132,10 @@ def train(config: Config, context: RunContext, make: MakeLearner) -> Result:
     resumed_at = state.step if resumed else None
     with RunLog(config, project=learner.project, rank=context.rank, resumed_at=resumed_at) as run:
         log.info("step %d of %d, %s", state.step, total, resumed.folder if resumed else "fresh")
-        meter = _Meter(learner, stream, config, context, run)
         if state.step == 0:
             learner.start()
+        meter = _Meter(learner, stream, config, context, run)
+        if state.step == 0:
             meter.probe()
         while state.step < total:
             sums = _step(learner, feed, total, folder)
@@ -283,6 +284,7 @@ class _Meter:
         count = self.config.training.probe_pairs
         if self.context.rank or not count:
             return
+        started = time.perf_counter()
         with self.state.average.applied():
             accuracy, pairs = self.learner.accuracy(self.stream, count)
         self.run.write(
@@ -292,6 +294,7 @@ class _Meter:
                 "probe/pairs": pairs,
             }
         )
+        self.since += time.perf_counter() - started  # not training
 
 
 def _step(learner: Learner, feed: Feed, total: int, folder: Path) -> Sums:
