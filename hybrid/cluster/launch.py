@@ -42,7 +42,7 @@ def encode(config: Config) -> str:
     """Encode all problems of the dataset that are not there yet; says what was done."""
     problems = plan(config)
     if config.cluster.num_workers:
-        from hybrid.cluster.encode import ray_encode
+        from hybrid.cluster.encoder import ray_encode
 
         made = ray_encode(config, problems)
     else:
