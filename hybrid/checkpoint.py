@@ -5,8 +5,8 @@
         config.yaml     the resolved config
         state.json      plain values, size and SHA-256 of every other file, and its own SHA-256
 
-A folder is written as `step_00000100.partial` and renamed when `state.json` stands. Nothing is ever
-unpickled.
+A folder is written as `step_00000100.partial` and renamed when `state.json` stands; in a store,
+which renames nothing, `state.json` comes last. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,12 +26,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hybrid import storage
 from hybrid.errors import UserError
 
 log = logging.getLogger(__name__)
 
 STATE = "state.json"
 FORMAT = 1
+Fingerprint = list[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,8 @@ class Checkpoint:
 
     def files(self, prefix: str) -> list[Path]:
         """The tensor files whose name starts with `prefix`, in order."""
-        return sorted(self.folder.glob(f"{prefix}*.safetensors"))
+        names = [n for n in sorted(self.state["files"]) if n.startswith(prefix)]
+        return [self.folder / name for name in names if name.endswith(".safetensors")]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """All tensors of `name`.safetensors, on the CPU."""
@@ -59,42 +63,65 @@ def write_tensors(partial: Path, name: str, tensors: Mapping[str, Tensor]) -> No
     """One worker's part of a checkpoint: `name`.safetensors in the folder being written."""
     partial.mkdir(parents=True, exist_ok=True)
     plain = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
-    save_file(plain, partial / f"{name}.safetensors")
+    try:
+        save_file(plain, partial / f"{name}.safetensors")
+    except SafetensorError as error:  # it wraps the disk's own complaint
+        raise OSError(str(error)) from error
 
 
-def seal(partial: Path, folder: Path, state: Mapping[str, Any], texts: Mapping[str, str]) -> None:
-    """Finish a checkpoint: add `texts`, then state.json, then rename; one worker calls this."""
+def seal(
+    partial: Path,
+    folder: Path,
+    state: Mapping[str, Any],
+    texts: Mapping[str, str],
+    parts: Mapping[str, Fingerprint] | None = None,
+) -> None:
+    """Finish a checkpoint: add `texts`, then state.json, then rename; one worker calls this.
+
+    `parts`: files that other workers have written and, to a store, published.
+    """
     for name, text in texts.items():
         (partial / name).write_text(text)
-    files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
-    sealed = {"format": FORMAT, **state, "files": files}
+    mine = [path.name for path in sorted(partial.iterdir()) if path.name not in (parts or {})]
+    files = {name: fingerprint(partial / name) for name in mine} | dict(parts or {})
+    sealed = {"format": FORMAT, **state, "files": dict(sorted(files.items()))}
     (partial / STATE).write_text(json.dumps({**sealed, "sha256": _checksum(sealed)}, indent=1))
     for path in (*partial.iterdir(), partial):
         _sync(path)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
     _sync(folder.parent)
+    for name in (*mine, STATE):
+        storage.publish(folder / name)
 
 
 def read(folder: str | Path) -> Checkpoint:
     """The checkpoint in `folder`; UserError if it is missing, incomplete or was changed."""
     folder = Path(folder)
+    where = storage.place(folder / STATE)
+    storage.obtain(folder / STATE)
     try:
         state = json.loads((folder / STATE).read_text())
     except FileNotFoundError:
-        raise UserError(f"{folder}: no checkpoint here ({STATE} is missing)") from None
+        raise UserError(
+            f"{storage.place(folder)}: no checkpoint here ({STATE} is missing)"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder / STATE}: cannot be read ({error})") from error
+        raise UserError(f"{where}: cannot be read ({error})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT or "files" not in state:
-        raise UserError(f"{folder / STATE}: not a checkpoint of format {FORMAT}")
+        raise UserError(f"{where}: not a checkpoint of format {FORMAT}")
     if state.pop("sha256", None) != _checksum(state):
-        raise UserError(f"{folder / STATE}: damaged (not the file that was written)")
+        raise UserError(f"{where}: damaged (not the file that was written)")
     for name, expected in state["files"].items():
         path = folder / name
+        whole = _is(path, expected)
+        if not whole and storage.is_copy(path):
+            storage.obtain(path)
+            whole = _is(path, expected)
         if not path.is_file():
-            raise UserError(f"{path}: missing")
-        if _fingerprint(path) != expected:
-            raise UserError(f"{path}: damaged (not the file that was written)")
+            raise UserError(f"{storage.place(path)}: missing")
+        if not whole:
+            raise UserError(f"{storage.place(path)}: damaged (not the file that was written)")
         if path.suffix == ".safetensors":
             _check_header(path)
     return Checkpoint(folder=folder, state=state)
@@ -106,9 +133,9 @@ def newest(checkpoints: Path) -> Checkpoint | None:
     None where there is no checkpoint; UserError where there are some and all are damaged.
     """
     damaged: list[UserError] = []
-    for folder in sorted(checkpoints.glob("step_*[0-9]"), reverse=True):
+    for name in reversed(_steps(checkpoints)):
         try:
-            whole = read(folder)
+            whole = read(checkpoints / name)
         except UserError as error:
             damaged.append(error)
             continue
@@ -126,20 +153,33 @@ def prune(written: Path, keep: int) -> None:
     Later ones are damaged, or the run would have resumed from them. What killed runs left half
     written goes too.
     """
-    folders = sorted(written.parent.glob("step_*[0-9]"))
-    kept = [folder for folder in folders if folder <= written][-keep:]
-    for folder in (*folders, *written.parent.glob("step_*.partial")):
-        if folder not in kept:
+    names = _steps(written.parent)
+    kept = [name for name in names if name <= written.name][-keep:]
+    for name in names:
+        if name not in kept:
+            storage.remove(written.parent / name)
+    for folder in written.parent.glob("step_*"):  # and here what is left of what is gone
+        if folder.name not in kept:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _steps(checkpoints: Path) -> list[str]:
+    """Names of checkpoint folders, oldest first."""
+    return [name for name in storage.names(checkpoints) if re.fullmatch(r"step_\d+", name)]
 
 
 def _checksum(state: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def _fingerprint(path: Path) -> list[Any]:
+def fingerprint(path: Path) -> Fingerprint:
+    """Size in bytes and SHA-256 of a file."""
     with path.open("rb") as file:
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def _is(path: Path, expected: Fingerprint) -> bool:
+    return path.is_file() and fingerprint(path) == expected
 
 
 def _check_header(path: Path) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, NoReturn
 
 from hybrid import config as configs
+from hybrid import storage
 from hybrid.config import Config
-from hybrid.errors import UserError
+from hybrid.errors import Stopped, UserError
 from hybrid.train import Result, estimate
 
 
@@ -33,6 +36,7 @@ def main(usage: str | None, run: Callable[[Config], Any], trains: str = "trm") -
     console = logging.StreamHandler()
     console.setLevel(logging.WARNING)
     logging.basicConfig(handlers=[console], format="%(levelname)s %(message)s")
+    signal.signal(signal.SIGTERM, _stop)
     try:
         # Intermixed: overrides may stand on both sides of --dry-run.
         arguments = parser.parse_intermixed_args()
@@ -45,7 +49,16 @@ def main(usage: str | None, run: Callable[[Config], Any], trains: str = "trm") -
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except (Stopped, KeyboardInterrupt) as stopped:
+        again = "the same command goes on from here"
+        print(f"stopped: {stopped or again}", file=sys.stderr)
+        sys.exit(1)
     sys.exit(0)
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    """Ends a job as an error would: what it has opened is closed on the way out."""
+    raise Stopped
 
 
 def say_result(result: Result) -> None:
@@ -53,4 +66,4 @@ def say_result(result: Result) -> None:
     if result.trained is not None:
         before = "not measured" if result.untrained is None else f"{result.untrained:.1%}"
         print(f"training pairs exactly right: untrained {before}, trained {result.trained:.1%}")
-    print(f"step {result.step}: {result.checkpoint}")
+    print(f"step {result.step}: {storage.place(result.checkpoint)}")

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
+from hybrid import storage
 from hybrid.adapters import AdapterConfig
 from hybrid.dataset import DataConfig
 from hybrid.errors import UserError, check_fields
@@ -24,24 +25,27 @@ class PathsConfig:
     """Where things are. Everything hangs from `root`, which all nodes of a cluster must see."""
 
     root: str = "/data"
+    """A folder, or a URI of an object store (s3://bucket/arc, gs://bucket/arc)."""
     data: str | None = None
     """The prepared dataset; root/arc/processed when not given."""
     runs: str | None = None
     """Run folders: checkpoints, metrics, logs, evaluations; root/runs when not given."""
     models: str | None = None
-    """Language models converted from GGUF; root/models when not given."""
+    """Language models converted from GGUF, by every machine for itself if this is a URI;
+    root/models when not given."""
     encodings: str | None = None
     """Problem encodings of jobs/encode.py; root/encodings when not given."""
 
     def absolute(self) -> PathsConfig:
         """The same with every path absolute: workers run in other folders."""
         root = _absolute(self.root)
-        data = _absolute(self.data) if self.data else root / "arc" / "processed"
-        others = {
-            name: str(_absolute(getattr(self, name) or str(root / name)))
-            for name in ("runs", "models", "encodings")
-        }
-        return PathsConfig(root=str(root), data=str(data), **others)
+        return PathsConfig(
+            root=root,
+            data=_absolute(self.data or storage.join(root, "arc", "processed")),
+            runs=_absolute(self.runs or storage.join(root, "runs")),
+            models=_absolute(self.models or storage.join(root, "models")),
+            encodings=_absolute(self.encodings or storage.join(root, "encodings")),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +169,9 @@ class ClusterConfig:
 
     num_workers: int = 1
     """Training workers and evaluation actors; 0 runs in this process, without Ray."""
+    min_workers: int | None = None
+    """Training goes on with so many when nodes are lost, and grows back; num_workers when not
+    given. The global batch stays the same."""
     use_gpu: bool = False
     cpus_per_worker: float = 1.0
     """Ray's bookkeeping only; a worker computes with its share of the machine's cores."""
@@ -175,6 +182,8 @@ class ClusterConfig:
         problems = check_fields(
             self, num_workers=(0, None), cpus_per_worker=(0.01, None), max_failures=(-1, None)
         )
+        if self.min_workers is not None and not 1 <= self.min_workers <= self.num_workers:
+            problems.append(f"min_workers must be 1 to num_workers, got {self.min_workers}")
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -216,26 +225,32 @@ class Config:
     @property
     def run_folder(self) -> Path:
         """Where checkpoints, metrics, logs and evaluations of this run are."""
-        assert self.paths.runs is not None and self.logging.run
-        return Path(self.paths.runs) / self.logging.run
+        assert self.logging.run
+        return self.runs_folder / self.logging.run
+
+    @property
+    def runs_folder(self) -> Path:
+        """Where the run folders are."""
+        assert self.paths.runs is not None
+        return storage.folder(self.paths.runs)
 
     @property
     def data_folder(self) -> Path:
         """Where the prepared dataset is."""
         assert self.paths.data is not None
-        return Path(self.paths.data)
+        return storage.folder(self.paths.data)
 
     @property
     def models_folder(self) -> Path:
         """Where converted language models are."""
         assert self.paths.models is not None
-        return Path(self.paths.models)
+        return storage.folder(self.paths.models)
 
     @property
     def encodings_folder(self) -> Path:
         """Where problem encodings are."""
         assert self.paths.encodings is not None
-        return Path(self.paths.encodings)
+        return storage.folder(self.paths.encodings)
 
 
 DERIVED = {
@@ -275,7 +290,7 @@ def from_dict(
     config = replace(config, paths=config.paths.absolute())
     start = config.trm.init_from
     if start and os.path.exists(os.path.expanduser(start)):
-        config = replace(config, trm=replace(config.trm, init_from=str(_absolute(start))))
+        config = replace(config, trm=replace(config.trm, init_from=_absolute(start)))
     return config
 
 
@@ -342,9 +357,9 @@ def _override(raw: dict[str, Any], text: str, problems: list[str]) -> None:
         target[key] = parsed
 
 
-def _absolute(path: str) -> Path:
+def _absolute(place: str) -> str:
     # os.path's expanduser, unlike Path's, leaves the name of a user who is unknown as it is.
-    return Path(os.path.expanduser(path)).absolute()
+    return place if storage.is_uri(place) else str(Path(os.path.expanduser(place)).absolute())
 
 
 __all__ = [

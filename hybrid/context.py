@@ -1,13 +1,14 @@
 """The seam between a loop and whatever runs it: one process, several, or a Ray cluster.
 
 A loop sees a `RunContext` and nothing else. Slots of the global batch belong to workers in blocks:
-worker r of W computes slots r * B / W to (r + 1) * B / W.
+worker r of W computes slots r * B // W to (r + 1) * B // W.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,16 @@ from torch import Tensor
 from hybrid.dataset import Stream
 from hybrid.dataset.stream import Rows
 from hybrid.errors import UserError
+
+
+class Signal(IntEnum):
+    """What a run is asked for from outside, between two steps."""
+
+    NONE = 0
+    SAVE = 1
+    """A checkpoint now: this worker will not live long."""
+    STOP = 2
+    """A checkpoint now, and the end."""
 
 
 class RunContext(Protocol):
@@ -35,8 +46,20 @@ class RunContext(Protocol):
         """Add up over all workers, in place; every worker must call it."""
         ...
 
-    def gather(self, tensor: Tensor) -> Tensor:
-        """All workers' tensors, equal in shape, joined along the first axis in rank order."""
+    def gather(self, tensor: Tensor, total: int) -> Tensor:
+        """[total, ...]: all workers' rows in rank order, shared out as `worker_slots` does."""
+        ...
+
+    def signal(self) -> Signal:
+        """What this worker's surroundings ask for; workers may differ."""
+        ...
+
+    def agree(self, signal: Signal) -> Signal:
+        """The most that any worker was asked for; every worker must call it."""
+        ...
+
+    def gauge(self, metrics: Mapping[str, float]) -> None:
+        """Show numbers to whoever watches the cluster."""
         ...
 
     def report(self, metrics: Mapping[str, Any], checkpoint: Path) -> None:
@@ -63,9 +86,21 @@ class LocalContext:
         """The tensor itself."""
         return tensor
 
-    def gather(self, tensor: Tensor) -> Tensor:
+    def gather(self, tensor: Tensor, total: int) -> Tensor:
         """The tensor itself."""
+        assert len(tensor) == total
         return tensor
+
+    def signal(self) -> Signal:
+        """Nothing."""
+        return Signal.NONE
+
+    def agree(self, signal: Signal) -> Signal:
+        """The signal itself."""
+        return signal
+
+    def gauge(self, metrics: Mapping[str, float]) -> None:
+        """Nobody watches."""
 
     def report(self, metrics: Mapping[str, Any], checkpoint: Path) -> None:
         """Nobody to tell."""
@@ -84,11 +119,18 @@ class ProcessGroupContext(LocalContext):
         dist.all_reduce(tensor)
         return tensor
 
-    def gather(self, tensor: Tensor) -> Tensor:
-        """All-gather."""
-        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(parts, tensor.contiguous())
-        return torch.cat(parts)
+    def gather(self, tensor: Tensor, total: int) -> Tensor:
+        """A sum of what is zero outside a worker's own rows: their numbers may differ."""
+        mine = worker_slots(total, self.rank, self.world_size)
+        joined = tensor.new_zeros(total, *tensor.shape[1:])
+        joined[mine.start : mine.stop] = tensor
+        return self.sum_(joined)
+
+    def agree(self, signal: Signal) -> Signal:
+        """The largest of all workers' signals."""
+        asked = torch.tensor([signal], dtype=torch.int32, device=self.device)
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        return Signal(int(asked))
 
 
 def compute_device(use_gpu: bool) -> torch.device:
@@ -99,15 +141,15 @@ def compute_device(use_gpu: bool) -> torch.device:
 
 
 def worker_slots(batch_size: int, rank: int, world_size: int) -> range:
-    """The slots of one worker; UserError if the batch cannot be dealt out evenly."""
-    if batch_size % world_size:
+    """The slots of one worker, as many as others have or one less; UserError if it has none."""
+    if batch_size < world_size:
         raise UserError(
-            f"training.batch_size={batch_size} cannot be dealt out to {world_size} workers evenly"
+            f"training.batch_size={batch_size} leaves some of {world_size} workers without a row"
         )
-    share = batch_size // world_size
-    return range(rank * share, (rank + 1) * share)
+    return range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
 
 
 def share_cores(workers_on_this_machine: int) -> None:
     """Compute with this worker's share of the cores; Ray would leave it one thread."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, workers_on_this_machine)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(max(1, (cores or 1) // max(1, workers_on_this_machine)))

@@ -17,6 +17,10 @@ class UserError(Exception):
         super().__init__(" ".join(message.splitlines()))
 
 
+class Stopped(Exception):
+    """A job was asked to end and has: nothing is lost, the same command goes on. Exit code 1."""
+
+
 def make_folder(path: Path) -> None:
     """Make a folder and those above it; UserError if it cannot be made or not be written to."""
     try:

@@ -3,6 +3,7 @@
 Run it again to resume.
 """
 
+from hybrid import storage
 from hybrid.cli import main
 from hybrid.cluster import evaluate
 from hybrid.config import Config
@@ -14,7 +15,7 @@ def run(config: Config) -> None:
     outcome = evaluate(config)
     print(describe(outcome.results))
     for name in ("results.json", "submission.json", "report.html"):
-        print(outcome.folder / name)
+        print(storage.place(outcome.folder / name))
 
 
 if __name__ == "__main__":

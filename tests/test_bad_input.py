@@ -350,7 +350,7 @@ def prepared(*overrides: str) -> Spoil:
 TRAINING = {
     "no length": override("training.steps=null", "training.steps or training.epochs"),
     "a batch nobody can deal out": override(
-        "cluster.num_workers=4", "training.batch_size=6", "4 workers"
+        "cluster.num_workers=7", "training.batch_size=6", "7 workers"
     ),
     "another model in an old run": override("trm.L_cycles=2", RUN, "trm.L_cycles: 1 -> 2"),
     "another rate in an old run": override("training.lr=0.5", RUN, "training.lr: 0.0001 -> 0.5"),

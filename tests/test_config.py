@@ -349,11 +349,16 @@ VALID = {
             beside=st.lists(NAMES),
         ),
     ),
-    "cluster": keys(
-        num_workers=st.integers(0, 99),
-        use_gpu=st.booleans(),
-        cpus_per_worker=st.floats(0.01, 99),
-        max_failures=st.integers(-1, 99),
+    "cluster": both(
+        st.tuples(st.integers(1, 99), st.integers(0, 99)).map(
+            lambda n: {"num_workers": n[0] + n[1], "min_workers": n[0]}
+        )
+        | keys(num_workers=st.integers(0, 99), min_workers=st.none()),
+        keys(
+            use_gpu=st.booleans(),
+            cpus_per_worker=st.floats(0.01, 99),
+            max_failures=st.integers(-1, 99),
+        ),
     ),
     "logging": keys(
         run=st.text("abc.-_ é", max_size=8).filter(lambda name: name not in (".", "..")),

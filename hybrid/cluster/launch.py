@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hybrid.evaluate as evaluation
+from hybrid import storage
 from hybrid import train as loops
 from hybrid.config import Config
 from hybrid.context import LocalContext, compute_device, share_cores
 from hybrid.encode import Encoder, plan
+from hybrid.errors import Stopped
 from hybrid.evaluate import Outcome, local_solve_all
 from hybrid.train import Joint, Pretraining, Result, check
 from hybrid.train.progress import watch
+from hybrid.train.stop import stoppable
 
 # ray is imported where it is needed: without workers a job starts seconds earlier.
 
@@ -29,13 +32,23 @@ def joint(config: Config) -> Result:
 
 def _train(config: Config, kind: str, sections: tuple[str, ...]) -> Result:
     check(config, kind, sections)
-    with watch(config):
-        if config.cluster.num_workers == 0:
-            share_cores(1)
-            return LOOPS[kind](config, LocalContext(compute_device(config.cluster.use_gpu)))
-        from hybrid.cluster.trainer import fit
+    with watch(config), stoppable(config.run_folder):
+        result = _run(config, kind)
+    if result.stopped:
+        raise Stopped(
+            f"at step {result.step}: {storage.place(result.checkpoint)};"
+            " the same command goes on from there"
+        )
+    return result
 
-        return fit(config, kind)
+
+def _run(config: Config, kind: str) -> Result:
+    if config.cluster.num_workers == 0:
+        share_cores(1)
+        return LOOPS[kind](config, LocalContext(compute_device(config.cluster.use_gpu)))
+    from hybrid.cluster.trainer import fit
+
+    return fit(config, kind)
 
 
 def encode(config: Config) -> str:
@@ -51,7 +64,7 @@ def encode(config: Config) -> str:
         size = config.llama.batch_size
         parts = [problems[first : first + size] for first in range(0, len(problems), size)]
         made = sum(map(encoder.add, parts))
-    return f"{len(problems)} problems, {made} encoded now: {config.encodings_folder}"
+    return f"{len(problems)} problems, {made} encoded now: {config.paths.encodings}"
 
 
 def evaluate(config: Config) -> Outcome:

@@ -6,37 +6,45 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from hybrid import storage
 from hybrid.config import Config
-from hybrid.errors import UserError
+from hybrid.errors import UserError, make_folder
 
 LOCAL = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # workers' prints would come out twice
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # makes a cluster of one machine listen on 127.0.0.1
     "RAY_AUTH_MODE": "disabled",  # else a token file appears in the user's home
     "RAY_worker_niceness": "0",  # a worker that others overtake stalls at every barrier of OpenMP
 }
 """Environment of a cluster of our own; what the user has set stays."""
+EVERYWHERE = {
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # workers' prints would come out twice
+}
+PACKAGE = Path(__file__).parents[1]
 
 
 @contextmanager
-def cluster(config: Config, *, spare_cpus: int = 0) -> Iterator[None]:
+def cluster(config: Config, *, workers: int | None = None, spare_cpus: int = 0) -> Iterator[None]:
     """Inside, ray is connected.
 
     To the running cluster where RAY_ADDRESS or a job names one, else to one of this machine that
-    ends with the block. Raises UserError if the cluster can never hold the workers that the config
-    asks for and `spare_cpus` for other tasks.
+    ends with the block. Raises UserError if the cluster can never hold `workers`
+    (cluster.num_workers when not given) and `spare_cpus` for other tasks, or if a node of it does
+    not see paths.root.
     """
     ours = not ray.is_initialized()
     if ours and os.environ.get("RAY_ADDRESS"):
-        ray.init()
+        _join(os.environ["RAY_ADDRESS"])
     elif ours:
         start_local()
     try:
-        _check_fits(config, spare_cpus)
+        check_fits(config, workers or config.cluster.num_workers, spare_cpus)
+        _check_shared(config)
         yield
     finally:
         if ours:
@@ -45,33 +53,87 @@ def cluster(config: Config, *, spare_cpus: int = 0) -> Iterator[None]:
 
 def start_local(num_cpus: int | None = None) -> None:
     """A cluster of this machine alone, which nobody else can reach."""
-    for name, value in LOCAL.items():
+    for name, value in (LOCAL | EVERYWHERE).items():
         os.environ.setdefault(name, value)
-    package = Path(__file__).parents[2]
     # Workers' own logs are in the run folder; what they raise comes back here.
     ray.init(
         address="local",
         num_cpus=num_cpus,
         log_to_driver=False,
         logging_level="WARNING",
-        runtime_env={"env_vars": {"PYTHONPATH": str(package)}},
+        runtime_env={"env_vars": {"PYTHONPATH": str(PACKAGE.parent)}},
     )
 
 
-def _check_fits(config: Config, spare_cpus: int) -> None:
-    wanted = config.cluster.num_workers * config.cluster.cpus_per_worker
+def _join(address: str) -> None:
+    """The cluster at `address`, which gets the package from here unless a job has brought it."""
+    for name, value in EVERYWHERE.items():
+        os.environ.setdefault(name, value)
+    if "://" in address:
+        raise UserError(
+            f"RAY_ADDRESS={address}: give host:port of the head node, or submit the job:"
+            " ray job submit --working-dir . -- python ..."
+        )
+    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level="WARNING",
+            runtime_env=None if in_job else {"py_modules": [str(PACKAGE)]},
+        )
+    except ConnectionError as error:
+        raise UserError(f"RAY_ADDRESS={address}: no cluster there ({error})") from None
+
+
+def check_fits(config: Config, workers: int, spare_cpus: int) -> None:
+    """UserError if the cluster is too small for the workers, even with nothing else on it."""
+    wanted = workers * config.cluster.cpus_per_worker
     have = ray.cluster_resources()
     cpus = have.get("CPU", 0.0)
     # Ray Data makes the rows in tasks of its own: without a core for them training never starts.
     if wanted > cpus - spare_cpus:
         spare = " and one for the data stream" if spare_cpus else ""
         raise UserError(
-            f"cluster.num_workers={config.cluster.num_workers} of cpus_per_worker="
+            f"cluster.num_workers={workers} of cpus_per_worker="
             f"{config.cluster.cpus_per_worker:g} need {wanted:g} CPUs{spare};"
             f" the cluster has {cpus:g}"
         )
-    if config.cluster.use_gpu and config.cluster.num_workers > have.get("GPU", 0.0):
+    if config.cluster.use_gpu and workers > have.get("GPU", 0.0):
         raise UserError(
-            f"cluster.use_gpu: {config.cluster.num_workers} workers need a GPU each;"
+            f"cluster.use_gpu: {workers} workers need a GPU each;"
             f" the cluster has {have.get('GPU', 0.0):g}"
         )
+
+
+def _check_shared(config: Config) -> None:
+    """UserError if a node does not see what this process writes under paths.root."""
+    here = ray.get_runtime_context().get_node_id()
+    others = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+    root = config.paths.root
+    if not others and not storage.is_uri(root):
+        return
+    mark = storage.folder(root) / f".seen-{uuid4().hex}"
+    try:
+        make_folder(mark.parent)
+        mark.write_text("a job looks whether all nodes see this folder\n")
+        storage.publish(mark)
+        task = ray.remote(num_cpus=0)(_sees)
+        asked = {
+            node: task.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
+            ).remote(root, mark.name)
+            for node in others
+        }
+        blind = [node for node, sees in asked.items() if not ray.get(sees)]
+    finally:
+        storage.remove(mark)
+    if blind:
+        raise UserError(
+            f"paths.root={root}: {len(blind)} of the cluster's {len(others) + 1} nodes do not see"
+            " it; name a folder that all of them share, or a URI (s3://, gs://)"
+        )
+
+
+def _sees(root: str, name: str) -> bool:
+    return storage.exists(storage.folder(root) / name)

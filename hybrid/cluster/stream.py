@@ -10,6 +10,7 @@ import numpy as np
 import ray.data
 from ray.data import DataContext
 
+from hybrid import storage
 from hybrid.dataset import Dataset, Stream
 from hybrid.dataset.stream import Rows
 from hybrid.errors import UserError
@@ -32,7 +33,7 @@ def ray_rounds(stream: Stream, slots: range, total_slots: int, first: int) -> It
     What a task needs to know is the number of a block and the dataset's folder: rows are a function
     of their position.
     """
-    folder = str(stream.dataset.folder)
+    place = storage.place(stream.dataset.folder)
     per_block = max(1, ROWS_PER_BLOCK // len(slots))
     context = DataContext.get_current()
     quiet()
@@ -42,7 +43,7 @@ def ray_rounds(stream: Stream, slots: range, total_slots: int, first: int) -> It
 
     def make(block: dict[str, np.ndarray]) -> Rows:
         (number,) = block["id"].tolist()
-        return _stream(folder, *recipe).rounds(number, per_block, slots, total_slots)
+        return _stream(place, *recipe).rounds(number, per_block, slots, total_slots)
 
     while True:
         last = first + BLOCKS_PER_PIPELINE * per_block
@@ -54,9 +55,9 @@ def ray_rounds(stream: Stream, slots: range, total_slots: int, first: int) -> It
 
 
 @lru_cache(maxsize=2)
-def _stream(folder: str, fingerprint: str, seed: int, variants: int | None = None) -> Stream:
+def _stream(place: str, fingerprint: str, seed: int, variants: int | None = None) -> Stream:
     """A task's process keeps the dataset it has read; it must be the one the run began with."""
-    dataset = Dataset.open(folder)
+    dataset = Dataset.open(storage.folder(place))
     if dataset.fingerprint != fingerprint:
-        raise UserError(f"{folder}: another dataset was prepared here while a run was reading it")
+        raise UserError(f"{place}: another dataset was prepared here while a run was reading it")
     return Stream(dataset, seed, variants)

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Mapping
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, TypeVar
 
 import ray.train
 import ray.train.torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.execution.context import get_train_context
+from ray.train.v2.api.exceptions import ControllerError
 
+from hybrid import storage
+from hybrid.cluster.gauges import Gauges
 from hybrid.cluster.runtime import cluster
 from hybrid.cluster.stream import ray_rounds
 from hybrid.config import Config, from_dict, to_dict
-from hybrid.context import ProcessGroupContext, share_cores
+from hybrid.context import ProcessGroupContext, Signal, share_cores
 from hybrid.dataset import Stream
 from hybrid.dataset.stream import Rows
 from hybrid.errors import UserError
@@ -24,20 +31,76 @@ from hybrid.train import Diverged, Result, joint, pretrain
 RAY_FOLDER = "ray"
 """Ray Train's own bookkeeping, inside the run folder."""
 
+WAIT_FOR_NODES_MIN = 30
+"""A lost node may come back; Ray Train tries once a minute."""
+
+_leaving = threading.Event()
+"""This worker's process was told to go (SIGTERM)."""
+
+T = TypeVar("T")
+
+
+class Leaving(RuntimeError):
+    """This worker was told to go and has saved; Ray Train goes on with another in its place."""
+
 
 class RayContext(ProcessGroupContext):
     """A Ray Train worker: its process group, and rows from Ray Data."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: str) -> None:
         super().__init__(ray.train.torch.get_device())
+        self.gauges = Gauges(run)
+        self.saved_for: object = None
 
     def rounds(self, stream: Stream, slots: range, total_slots: int, first: int) -> Iterator[Rows]:
         """Made by Ray Data."""
         return ray_rounds(stream, slots, total_slots, first)
 
+    def signal(self) -> Signal:
+        """SAVE when this process, or a node of the cluster, is about to go."""
+        # The public get_preemption_info is a barrier over all workers: too slow for every step,
+        # and `agree` is one already.
+        warned = get_train_context().preemption_context.preemption_info
+        drained = warned is not None and warned != self.saved_for
+        self.saved_for = warned
+        return Signal.SAVE if drained or _leaving.is_set() else Signal.NONE
+
+    def gauge(self, metrics: Mapping[str, float]) -> None:
+        """On the dashboard, and wherever Prometheus looks."""
+        self.gauges.set(metrics)
+
     def report(self, metrics: Mapping[str, Any], checkpoint: Path) -> None:
         """Tell the controller. The checkpoint is ours: it stands on shared storage already."""
-        ray.train.report({**metrics, "checkpoint": str(checkpoint)})
+        if _leaving.is_set():
+            raise Leaving(f"SIGTERM: {checkpoint.name} is saved")
+        ray.train.report({**metrics, "checkpoint": storage.place(checkpoint)})
+
+
+class _Backend(_TorchBackend):  # type: ignore[misc]
+    """torch.distributed as Ray Train sets it up, in workers that survive a SIGTERM long enough."""
+
+    def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
+        super().on_training_start(worker_group, backend_config)
+        worker_group.execute(_hear_sigterm)
+
+
+class _Config(TorchConfig):  # type: ignore[misc]
+    @property
+    def backend_cls(self) -> type:
+        return _Backend
+
+
+def _hear_sigterm() -> None:
+    """In the main thread of a worker, which is not the one that trains."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        again = _leaving.is_set()
+        _leaving.set()
+        if again and callable(before):
+            before(number, frame)
+
+    signal.signal(signal.SIGTERM, hear)
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
@@ -46,7 +109,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     share_cores(ray.train.get_context().get_local_world_size())
     try:
         loop = joint if settings["kind"] == "hybrid" else pretrain
-        result = loop(config, RayContext())
+        result = loop(config, RayContext(config.logging.run))
     except UserError as error:
         return {"user_error": str(error)}
     except Diverged as error:
@@ -54,37 +117,82 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         return {"diverged": str(error)}
     return {
         "step": result.step,
-        "checkpoint": str(result.checkpoint),
+        "checkpoint": storage.place(result.checkpoint),
         "untrained": result.untrained,
         "trained": result.trained,
+        "stopped": result.stopped,
     }
 
 
-def fit(config: Config, kind: str) -> Result:
-    """Run the loop of a `kind` on the config's workers, replacing lost ones; rerun to resume."""
-    with cluster(config, spare_cpus=1):
-        trainer = TorchTrainer(
-            train_worker,
-            train_loop_config={"config": to_dict(config), "kind": kind},
-            scaling_config=ScalingConfig(
-                num_workers=config.cluster.num_workers,
-                use_gpu=config.cluster.use_gpu,
-                resources_per_worker={
-                    "CPU": config.cluster.cpus_per_worker,
-                    **({"GPU": 1} if config.cluster.use_gpu else {}),
-                },
+def trainer(config: Config, kind: str, callbacks: list[Any] | None = None) -> TorchTrainer:
+    """The loop of a `kind` on the config's workers."""
+    workers = config.cluster
+    store, name = storage.filesystem(config.run_folder)
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"config": to_dict(config), "kind": kind},
+        torch_config=_Config(),
+        scaling_config=ScalingConfig(
+            num_workers=(workers.min_workers, workers.num_workers)
+            if workers.min_workers
+            else workers.num_workers,
+            use_gpu=workers.use_gpu,
+            resources_per_worker={
+                "CPU": workers.cpus_per_worker,
+                **({"GPU": 1} if workers.use_gpu else {}),
+            },
+        ),
+        run_config=RunConfig(
+            name=RAY_FOLDER,
+            storage_path=name,
+            storage_filesystem=store,
+            failure_config=FailureConfig(
+                max_failures=workers.max_failures, controller_failure_limit=WAIT_FOR_NODES_MIN
             ),
-            run_config=RunConfig(
-                name=RAY_FOLDER,
-                storage_path=str(config.run_folder),
-                failure_config=FailureConfig(max_failures=config.cluster.max_failures),
-            ),
-        )
-        # Ray's own record would resume a finished run as finished; the loop looks for itself.
-        shutil.rmtree(config.run_folder / RAY_FOLDER, ignore_errors=True)
+            callbacks=callbacks,
+        ),
+    )
+
+
+def run(trainer: TorchTrainer, config: Config) -> Result:
+    """Train, replacing lost workers; rerun to resume."""
+    # Ray's own record would resume a finished run as finished; the loop looks for itself.
+    storage.remove(config.run_folder / RAY_FOLDER)
+    try:
         found = trainer.fit().return_value
+    except ControllerError as error:
+        raise UserError(
+            f"cluster.num_workers={config.cluster.num_workers}: the workers could not be placed for"
+            f" {WAIT_FOR_NODES_MIN} minutes; is a node gone for good? ({error.controller_failure})"
+        ) from error
     if "user_error" in found:
         raise UserError(found["user_error"])
     if "diverged" in found:
         raise Diverged(found["diverged"])
-    return Result(**{**found, "checkpoint": Path(found["checkpoint"])})
+    return Result(**{**found, "checkpoint": storage.folder(found["checkpoint"])})
+
+
+def fit(config: Config, kind: str) -> Result:
+    """Run the loop of a `kind` on a cluster."""
+    with cluster(config, workers=config.cluster.min_workers, spare_cpus=1):
+        # In the main thread Ray Train would take Ctrl-C for itself, and abort.
+        return _in_thread(lambda: run(trainer(config, kind), config))
+
+
+def _in_thread(work: Callable[[], T]) -> T:
+    """Do it in another thread and wait; what it raises is raised here."""
+    done: list[T] = []
+    wrong: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            done.append(work())
+        except BaseException as error:
+            wrong.append(error)
+
+    thread = threading.Thread(target=target, daemon=True)
+    thread.start()
+    thread.join()
+    if wrong:
+        raise wrong[0]
+    return done[0]

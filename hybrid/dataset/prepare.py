@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hybrid import storage
 from hybrid.arc import Task, draw_variants, find_overlap, load_tasks, source_version
 from hybrid.dataset.config import DataConfig
 from hybrid.dataset.store import (
@@ -24,6 +25,7 @@ from hybrid.dataset.store import (
     VARIANTS,
     Purpose,
     digest,
+    fetch,
     grids_to_arrow,
     read_meta,
     write_meta,
@@ -53,11 +55,13 @@ def prepare(config: DataConfig, folder: str | Path, say: Say = print) -> dict[st
     with on_overlap=refuse, for contamination.
     """
     folder = Path(folder)
+    where = storage.place(folder)
     versions = {source: source_version(source) for source in _sources(config)}
     recipe = {"config": _plain(config), "sources": versions}
+    fetch(folder)
     existing = _existing(folder, recipe)
     if existing:
-        say(f"{folder}: already prepared, {existing['counts']}")
+        say(f"{where}: already prepared, {existing['counts']}")
         return existing
     _refuse_other_content(folder)
     selected, report = select(config, say)
@@ -72,7 +76,9 @@ def prepare(config: DataConfig, folder: str | Path, say: Say = print) -> dict[st
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    say(f"{folder}: {meta['counts']}, fingerprint {meta['fingerprint'][:12]}")
+    for name in (*TABLES, "dataset.json"):
+        storage.publish(folder / name)
+    say(f"{where}: {meta['counts']}, fingerprint {meta['fingerprint'][:12]}")
     return meta
 
 
@@ -237,8 +243,7 @@ def _refuse_other_content(folder: Path) -> None:
     """UserError if `folder`, which is about to be replaced, holds what is not a dataset's."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: a file is where the dataset's folder should be")
-    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    others = sorted(names - {"dataset.json", *TABLES})
+    others = sorted(set(storage.names(folder)) - {"dataset.json", *TABLES})
     if others:
         raise UserError(
             f"{folder}: holds {', '.join(others[:5])}, which is no dataset and would be lost;"

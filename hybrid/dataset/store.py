@@ -23,6 +23,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hybrid import storage
 from hybrid.arc import Augmentation, Grid, Pair, Task
 from hybrid.errors import UserError
 
@@ -69,6 +70,7 @@ class Dataset:
         for scoring alone.
         """
         folder = Path(folder)
+        fetch(folder)
         meta = read_meta(folder)
         tables = {name: _read_table(folder / name, meta) for name in TABLES}
         rows = tables["tasks.parquet"].to_pylist()
@@ -187,6 +189,21 @@ def grids_to_arrow(task: Task, purpose: Purpose, source: str) -> dict[str, Any]:
         "train": pairs(task.train),
         "test": pairs(task.test),
     }
+
+
+def fetch(folder: Path) -> None:
+    """Bring the copy of a dataset that lies in a store up to date."""
+    if not storage.is_copy(folder):
+        return
+    storage.obtain(folder / "dataset.json")
+    try:
+        files = read_meta(folder)["files"]
+    except UserError:
+        return  # whoever reads it will be told
+    for name in TABLES:
+        path = folder / name
+        if not path.exists() or digest(path) != files.get(name):
+            storage.obtain(path)
 
 
 def digest(path: Path) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hybrid import storage
 from hybrid.arc import Grid, Task, pair_hash
 from hybrid.checkpoint import Checkpoint, newest, read
 from hybrid.config import Config
@@ -86,10 +87,12 @@ def evaluate(config: Config, solve_all: SolveAll, say: Callable[[str], None] = p
     beside = [_beside(config, name, key) for name in config.evaluation.beside]
     folder = config.run_folder / "evaluation" / _name(config, checkpoint, dataset)
     make_folder(folder / "predictions")
+    for name in storage.names(folder / "predictions"):
+        storage.obtain(folder / "predictions" / name)
     answered = {q.task.id: p for q in questions if (p := _on_disk(folder, q.task))}
     resumed = len(answered)
     open_questions = [q for q in questions if q.task.id not in answered]
-    say(f"{folder}: {len(asked)} tasks, {resumed} already answered")
+    say(f"{storage.place(folder)}: {len(asked)} tasks, {resumed} already answered")
     job = Job(checkpoint=checkpoint, config=config)
     for prediction in solve_all(job, open_questions) if open_questions else ():
         answered[prediction["task"]] = prediction
@@ -106,11 +109,12 @@ def evaluate(config: Config, solve_all: SolveAll, say: Callable[[str], None] = p
 
 def _checkpoint(config: Config) -> Checkpoint:
     if config.evaluation.checkpoint:
-        return read(Path(config.evaluation.checkpoint).expanduser().absolute())
+        return read(storage.folder(config.evaluation.checkpoint).expanduser().absolute())
     found = newest(config.run_folder / "checkpoints")
     if not found:
         raise UserError(
-            f"{config.run_folder}: holds no checkpoint; train first or give evaluation.checkpoint"
+            f"{storage.place(config.run_folder)}: holds no checkpoint; train first or give"
+            " evaluation.checkpoint"
         )
     return found
 
@@ -215,14 +219,19 @@ def _name(config: Config, checkpoint: Checkpoint, dataset: Dataset) -> str:
 
 def _beside(config: Config, name: str, questions: dict[str, Any]) -> dict[str, Any]:
     """The scores of another run's newest evaluation of the same questions."""
-    assert config.paths.runs is not None
-    folder = Path(config.paths.runs) / name / "evaluation"
-    for path in sorted(folder.glob("*/results.json"), key=os.path.getmtime, reverse=True):
+    folder = config.runs_folder / name / "evaluation"
+    results = [folder / evaluation / "results.json" for evaluation in storage.names(folder)]
+    for path in results:
+        storage.obtain(path)
+    there = [path for path in results if path.exists()]
+    for path in sorted(there, key=os.path.getmtime, reverse=True):
         other = json.loads(path.read_text())
         if questions.items() <= other["protocol"].items():
             kept = ("title", "oracle", "scores", "spent")
             return {"run": name, **{key: other[key] for key in kept if key in other}}
-    raise UserError(f"evaluation.beside: {folder} holds no evaluation of the same questions")
+    raise UserError(
+        f"evaluation.beside: {storage.place(folder)} holds no evaluation of the same questions"
+    )
 
 
 def _on_disk(folder: Path, task: Task) -> Prediction | None:
@@ -244,6 +253,7 @@ def _write_results(
         _write_json(folder / "submission.json", submission)
     _write_json(folder / "results.json", results)
     write_report(folder / "report.html", tasks, answered, results)
+    storage.publish(folder / "report.html")
 
 
 NO_ANSWER = [[0, 0], [0, 0]]
@@ -265,3 +275,4 @@ def _write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(value) + "\n")
     os.replace(temporary, path)
+    storage.publish(path)

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from hybrid import storage
 from hybrid.errors import UserError, make_folder
 from hybrid.llm.backbone import Backbone, Encoding, Tokens
 
@@ -50,7 +51,7 @@ class EncodingStore:
     def add(self, problems: Sequence[Tokens]) -> int:
         """Encode and write those that are not there; returns how many that were."""
         different = dict.fromkeys(map(tuple, problems))
-        missing = [problem for problem in different if not self.path(problem).exists()]
+        missing = [problem for problem in different if not storage.exists(self.path(problem))]
         if not missing:
             return 0
         make_folder(self.folder)
@@ -68,10 +69,13 @@ class EncodingStore:
                 os.replace(partial, path)
             finally:
                 partial.unlink(missing_ok=True)
+            storage.publish(path)
         return len(missing)
 
     def _load(self, problem: Tokens) -> Encoding | None:
         path = self.path(problem)
+        if not path.exists():  # an encoding never changes: a copy once made will do
+            storage.obtain(path)
         if not path.exists():
             return None
         device = self.backbone.device

@@ -76,7 +76,7 @@ class Joint:
         # The sums of several workers round differently; the first one's are everybody's.
         self.solver.to_latent.calibrate(torch.cat(hidden))
         for statistic in (self.solver.to_latent.mean, self.solver.to_latent.std):
-            statistic.copy_(self.context.gather(statistic[None])[0])
+            statistic.copy_(self.context.gather(statistic[None], self.context.world_size)[0])
 
     def step(self, batch: Batch, total_steps: int) -> Sums:
         """All attempts at the rows of the batch, then one move of the weights."""

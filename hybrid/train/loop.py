@@ -5,28 +5,26 @@ What differs between training the TRM and training the hybrid is a `Learner`.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from hybrid import __version__
-from hybrid.arc import pair_hash
-from hybrid.checkpoint import Checkpoint, newest, prune, seal
-from hybrid.config import Config, differences, dump, to_dict
-from hybrid.context import RunContext, worker_slots
+from hybrid import storage
+from hybrid.checkpoint import Checkpoint, newest
+from hybrid.config import Config, differences, to_dict
+from hybrid.context import RunContext, Signal, worker_slots
 from hybrid.dataset import Dataset, Stream
 from hybrid.errors import UserError
 from hybrid.llm import check_model
 from hybrid.train.feed import Feed
-from hybrid.train.runlog import RunLog
+from hybrid.train.runlog import RunLog, read_metrics
+from hybrid.train.saving import save_checkpoint, step_folder
 from hybrid.train.state import (
     CHECKPOINTS,
     TrainState,
@@ -34,9 +32,9 @@ from hybrid.train.state import (
     model_config,
     refuse_other_sizes,
     restore,
-    save,
 )
 from hybrid.train.step import Diverged, Sums
+from hybrid.train.stop import StopFile
 from hybrid.trm import Batch
 
 log = logging.getLogger(__name__)
@@ -58,6 +56,8 @@ class Result:
     untrained: float | None
     """Exact accuracy on training pairs before the first step; None if it was not measured."""
     trained: float | None
+    stopped: bool = False
+    """Before its last step, because it was asked to."""
 
 
 class Learner(Protocol):
@@ -122,6 +122,8 @@ def train(config: Config, context: RunContext, make: MakeLearner) -> Result:
     start = replace(config.trm, init_from=None) if resumed else config.trm
     learner = make(replace(config, trm=start), dataset, context, slots)
     state = learner.state
+    stop_file = StopFile(config.run_folder)
+    asked = Signal.NONE
     if resumed:
         refuse_changes(config, dataset, resumed, learner.kind, learner.sections)
         _refuse_another_reader(config, resumed, learner.describe())
@@ -137,25 +139,31 @@ def train(config: Config, context: RunContext, make: MakeLearner) -> Result:
         meter = _Meter(learner, stream, config, context, run)
         if state.step == 0:
             meter.probe()
-        while state.step < total:
+        while state.step < total and asked is not Signal.STOP:
             sums = _step(learner, feed, total, folder)
+            mine = max(context.signal(), stop_file.signal() if context.rank == 0 else Signal.NONE)
+            asked = context.agree(mine)
             last = state.step == total
-            saving = last or state.step % config.training.save_every == 0
+            regular = last or state.step % config.training.save_every == 0
+            saving = regular or asked is not Signal.NONE
             # What is not written yet would be lost to a run that resumes here.
             meter.add(sums, saving)
             if last:
                 meter.probe()
             if saving:
-                _save(learner, dataset, config, context, folder)
+                described = {"kind": learner.kind, **learner.describe()}
+                save_checkpoint(state, described, dataset, config, context, folder)
+                run.publish()
                 context.report(
                     {"step": state.step, **meter.latest}, step_folder(folder, state.step)
                 )
-    probes = probed(config.run_folder)
+    probes = probed(config.run_folder) if context.rank == 0 else {}
     return Result(
         step=state.step,
         checkpoint=step_folder(folder, state.step),
         untrained=probes.get(0),
         trained=probes.get(state.step),
+        stopped=state.step < total,
     )
 
 
@@ -185,23 +193,18 @@ def check(config: Config, kind: str, sections: tuple[str, ...]) -> None:
         check_model(config.llama, config.models_folder)
 
 
-def step_folder(checkpoints: Path, step: int) -> Path:
-    """The checkpoint folder of a step."""
-    return checkpoints / f"step_{step:08d}"
-
-
 def probed(run_folder: Path) -> dict[int, float]:
     """Exact accuracy on training pairs by step, as metrics.jsonl has it."""
     key = "probe/exact_accuracy"
-    lines = (run_folder / "metrics.jsonl").read_text().splitlines()
-    return {m["step"]: m[key] for m in map(json.loads, lines) if key in m}
+    metrics = read_metrics(run_folder / "metrics.jsonl")
+    return {m["step"]: m[key] for m in metrics if key in m}
 
 
 def refuse_changes(
     config: Config, dataset: Dataset, checkpoint: Checkpoint, kind: str, sections: tuple[str, ...]
 ) -> None:
     """UserError if the run in the folder is another one than the config describes."""
-    where = checkpoint.folder.parent.parent
+    where = storage.place(checkpoint.folder.parent.parent)
     if checkpoint.state["kind"] != kind:
         raise UserError(
             f"{where}: holds a run of kind {checkpoint.state['kind']}, not {kind};"
@@ -277,6 +280,8 @@ class _Meter:
             "seconds_per_step": seconds / self.steps,
         }
         self.run.write({"step": self.state.step, **self.latest})
+        if self.context.rank == 0:
+            self.context.gauge({"step": self.state.step, **self.latest})
         self._restart()
 
     def probe(self) -> None:
@@ -305,50 +310,3 @@ def _step(learner: Learner, feed: Feed, total: int, folder: Path) -> Sums:
         good = newest(folder)
         kept = good.folder if good else "none yet"
         raise Diverged(f"{error}; last good checkpoint: {kept}") from None
-
-
-def _save(
-    learner: Learner, dataset: Dataset, config: Config, context: RunContext, folder: Path
-) -> None:
-    """All workers write their parts, then rank 0 seals the folder."""
-    final = step_folder(folder, learner.state.step)
-    partial = final.with_suffix(".partial")
-    if context.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    _wait_for_all(context)
-    save(learner.state, partial, context.rank)
-    _wait_for_all(context)
-    if context.rank == 0:
-        texts = {"config.yaml": dump(config), "trained_on.json": json.dumps(trained_on(dataset))}
-        seal(partial, final, _describe(learner, dataset, config, context), texts)
-        prune(final, config.training.keep_checkpoints)
-    _wait_for_all(context)
-
-
-def trained_on(dataset: Dataset) -> list[str]:
-    """Content hashes of all training pairs, `input|output`, sorted."""
-    pairs = {
-        pair_hash(p) for task in range(len(dataset.tasks)) for p in dataset.training_pairs(task)
-    }
-    return sorted(pairs)
-
-
-def _describe(
-    learner: Learner, dataset: Dataset, config: Config, context: RunContext
-) -> dict[str, Any]:
-    return {
-        "kind": learner.kind,
-        "step": learner.state.step,
-        "world_size": context.world_size,
-        "trm": asdict(learner.state.trm.config),
-        **learner.describe(),
-        "config": to_dict(config),
-        "dataset": {key: dataset.meta[key] for key in ("fingerprint", "counts", "sources")},
-        "versions": {"arc-hybrid": __version__, "torch": torch.__version__},
-    }
-
-
-def _wait_for_all(context: RunContext) -> None:
-    # Read, because on a GPU the sum is only enqueued: the files must wait, not the stream.
-    context.sum_(torch.zeros(1, device=context.device)).item()

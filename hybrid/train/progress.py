@@ -12,8 +12,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hybrid import storage
 from hybrid.config import Config
 from hybrid.dataset import Dataset, Stream
+from hybrid.errors import UserError
 from hybrid.train.loop import total_steps
 
 PLAIN_EVERY_S = 15.0
@@ -84,7 +86,8 @@ def _text(metrics: dict[str, Any]) -> str:
 def _follow(path: Path, show: _Bar | _Lines, stop: threading.Event) -> None:
     # What an earlier run has written is not progress of this one.
     shown = _last(path)
-    while not stop.wait(show.every):
+    every = max(show.every, PLAIN_EVERY_S) if storage.is_copy(path) else show.every
+    while not stop.wait(every):
         metrics = _last(path)
         if metrics and metrics != shown:
             show(metrics)
@@ -94,10 +97,11 @@ def _follow(path: Path, show: _Bar | _Lines, stop: threading.Event) -> None:
 def _last(path: Path) -> dict[str, Any] | None:
     """The newest whole line that has a loss in it."""
     try:
+        storage.obtain(path)
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 4096))
             lines = file.read().split(b"\n")[:-1]
-    except OSError:
+    except (OSError, UserError):
         return None
     for line in reversed(lines):
         try:

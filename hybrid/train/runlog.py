@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from hybrid import storage
 from hybrid.config import Config, to_dict
 from hybrid.errors import make_folder
 
@@ -25,6 +26,7 @@ class RunLog:
     def __init__(self, config: Config, *, project: str, rank: int, resumed_at: int | None) -> None:
         folder = config.run_folder
         make_folder(folder)
+        self._files = [folder / f"train_{rank}.log"]
         self._handler = logging.FileHandler(folder / f"train_{rank}.log")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self._logger = logging.getLogger("hybrid")
@@ -33,7 +35,9 @@ class RunLog:
         self._metrics = None
         self._wandb: Any = None
         if rank == 0:
+            storage.obtain(folder / "metrics.jsonl")
             forget_after(folder / "metrics.jsonl", -1 if resumed_at is None else resumed_at)
+            self._files.append(folder / "metrics.jsonl")
             self._metrics = (folder / "metrics.jsonl").open("a")
             if config.logging.wandb:
                 self._wandb = _start_wandb(config, project)
@@ -56,29 +60,45 @@ class RunLog:
         self._logger.removeHandler(self._handler)
         self._logger.setLevel(logging.NOTSET)
         self._handler.close()
+        self.publish()
+
+    def publish(self) -> None:
+        """Send the files to where the run folder is, if that is a store."""
+        for path in self._files:
+            storage.publish(path)
 
     def write(self, metrics: Metrics) -> None:
         """One line of metrics.jsonl, one of the log, one point in W&B."""
         if not self._metrics:
             return
-        self._metrics.write(json.dumps(metrics) + "\n")
-        self._metrics.flush()
+        try:
+            self._metrics.write(json.dumps(metrics) + "\n")
+            self._metrics.flush()
+        except OSError as error:  # a checkpoint that cannot be written ends a run, not this
+            log.warning("metrics.jsonl: %s", error)
         log.info(" ".join(f"{key}={_short(value)}" for key, value in metrics.items()))
         if self._wandb:
             self._wandb.log(dict(metrics), step=int(metrics["step"]))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl."""
+    found = []
+    for line in path.read_text().splitlines():
+        try:
+            metrics = json.loads(line)
+        except ValueError:
+            continue  # torn: its writer was killed
+        if isinstance(metrics, dict) and "step" in metrics:
+            found.append(metrics)
+    return found
 
 
 def forget_after(path: Path, step: int) -> None:
     """Drop the lines of steps that a resumed run is about to take again, and a torn last line."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            continue
+    kept = [json.dumps(m) + "\n" for m in read_metrics(path) if m["step"] <= step]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))
     os.replace(temporary, path)

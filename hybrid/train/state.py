@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from hybrid import storage
 from hybrid.checkpoint import Checkpoint, newest, read, write_tensors
 from hybrid.config import Config
 from hybrid.dataset import Dataset
@@ -102,9 +103,8 @@ def initial_checkpoint(config: Config) -> Checkpoint | None:
     name = config.trm.init_from
     if name is None:
         return None
-    assert config.paths.runs is not None
-    run = Path(config.paths.runs) / name / CHECKPOINTS
-    if run.is_dir():
+    run = config.runs_folder / name / CHECKPOINTS
+    if storage.exists(run):
         found = newest(run)
         if found:
             return found
@@ -157,7 +157,7 @@ def init_from(trm: TRM, checkpoint: Checkpoint, dataset: Dataset) -> None:
 
 def save(state: TrainState, partial: Path, rank: int) -> None:
     """Write this worker's part of a checkpoint: its slots, and from rank 0 what all share."""
-    write_tensors(partial, _slots_name(state.slots), _slots(state))
+    write_tensors(partial, slots_name(state.slots), _slots(state))
     if rank:
         return
     write_tensors(partial, "model", weights(state.model))
@@ -231,7 +231,8 @@ def _slots(state: TrainState) -> dict[str, Any]:
     }
 
 
-def _slots_name(slots: range) -> str:
+def slots_name(slots: range) -> str:
+    """Of the file that holds the carry of some slots."""
     return f"slots_{slots.start:06d}_{slots.stop:06d}"
 
 

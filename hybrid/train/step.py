@@ -69,8 +69,8 @@ def move(
     """
     parameters = state.optimizer.parameters.values()
     _sum_gradients(parameters, context)
-    ids = context.gather(ids)
-    row_grads = None if row_grads is None else context.gather(row_grads)
+    ids = context.gather(ids, config.batch_size)
+    row_grads = None if row_grads is None else context.gather(row_grads, config.batch_size)
     _refuse_non_finite(state, loss, row_grads, ids, context)
     if config.clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)

@@ -128,6 +128,6 @@ def test_workers_that_can_never_fit_are_refused_before_anything_starts(
 def test_wrong_input_found_by_a_worker_is_still_the_users_one_line(
     ray_cluster: None, experiment: Experiment
 ) -> None:
-    config = experiment("odd", training={"batch_size": 7}, cluster={"num_workers": 2})
-    with pytest.raises(UserError, match=r"training\.batch_size=7 cannot be dealt out to 2"):
+    config = experiment("odd", training={"batch_size": 1}, cluster={"num_workers": 2})
+    with pytest.raises(UserError, match=r"training\.batch_size=1 leaves some of 2"):
         pretrain(config)

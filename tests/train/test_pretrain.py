@@ -20,8 +20,8 @@ from hybrid.dataset import Dataset, Stream, prepare
 from hybrid.dataset.stream import Rows
 from hybrid.errors import UserError
 from hybrid.train import Result, estimate, pretrain, total_steps
-from hybrid.train.loop import trained_on
 from hybrid.train.progress import _last
+from hybrid.train.saving import trained_on
 from hybrid.trm import TRM
 
 GoingOn = Callable[..., Config]

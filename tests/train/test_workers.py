@@ -71,9 +71,13 @@ def test_gradients_are_summed_over_workers_not_averaged(
 
 
 def test_a_batch_that_cannot_be_dealt_out_is_refused() -> None:
-    with pytest.raises(UserError, match=r"training\.batch_size=8 cannot be dealt out to 3 workers"):
-        worker_slots(8, 0, 3)
+    with pytest.raises(UserError, match=r"training\.batch_size=2 leaves some of 3 workers without"):
+        worker_slots(2, 0, 3)
     assert [list(worker_slots(6, rank, 3)) for rank in range(3)] == [[0, 1], [2, 3], [4, 5]]
+    for batch in range(3, 50):
+        dealt = [worker_slots(batch, rank, 3) for rank in range(3)]
+        assert [slot for part in dealt for slot in part] == list(range(batch))
+        assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 6])

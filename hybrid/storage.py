@@ -1,0 +1,177 @@
+"""Folders that lie in an object store, and their copies on this machine.
+
+A place is a path or a URI that pyarrow knows (`s3://bucket/arc?region=eu-west-1`, `gs://...`). What
+is at a URI is worked on in a copy under `$ARC_HYBRID_CACHE` (~/.cache/arc-hybrid): everybody opens,
+writes and renames plain files. `obtain` brings a file before it is read, `publish` sends one when
+it is finished. Of a path that is no copy of anything they do nothing: all nodes see it as it is.
+
+A store shows a file whole or not at all; of several files the one that names the others is
+published last.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from functools import lru_cache
+from pathlib import Path
+from urllib.parse import quote, unquote
+from uuid import uuid4
+
+import pyarrow as pa
+from pyarrow import fs
+
+from hybrid.errors import UserError, make_folder
+
+
+def is_uri(place: str) -> bool:
+    """Whether a place is in a store and not in a file system of this machine."""
+    return "://" in place
+
+
+def join(place: str, *names: str) -> str:
+    """A place inside another; what follows `?` in a URI stays behind."""
+    path, mark, options = place.partition("?") if is_uri(place) else (place, "", "")
+    return "/".join((path.rstrip("/") or path, *names)) + mark + options
+
+
+def folder(place: str) -> Path:
+    """Where a place is worked on: itself, or its copy on this machine."""
+    return _cache() / quote(place, safe="") if is_uri(place) else Path(place)
+
+
+def place(path: Path) -> str:
+    """The reverse of `folder`, for files in it as well: what another machine can find."""
+    inside = _inside(path)
+    return join(unquote(inside[0]), *inside[1:]) if inside else str(path)
+
+
+def is_copy(path: Path) -> bool:
+    """Whether a path is here only as the copy of something in a store."""
+    return _inside(path) is not None
+
+
+def obtain(path: Path) -> None:
+    """Bring a file's copy up to date; where the store has none there is none here afterwards."""
+    found = _home(path)
+    if not found:
+        return
+    store, name = found
+    with _told(path):
+        if store.get_file_info(name).type != fs.FileType.File:
+            path.unlink(missing_ok=True)
+            return
+        make_folder(path.parent)
+        partial = path.with_name(f".{path.name}.{uuid4().hex}")
+        try:
+            fs.copy_files(name, str(partial), source_filesystem=store)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def publish(path: Path, source: Path | None = None) -> None:
+    """Send a finished file to the store; `source`: the file that is to be there as `path`."""
+    found = _home(path)
+    if found:
+        store, name = found
+        with _told(path):
+            store.create_dir(os.path.dirname(name), recursive=True)
+            fs.copy_files(
+                str(source or path),
+                name,
+                source_filesystem=fs.LocalFileSystem(),
+                destination_filesystem=store,
+            )
+
+
+def names(path: Path) -> list[str]:
+    """What is in a folder, sorted; nothing where there is none."""
+    found = _home(path)
+    if not found:
+        return sorted(os.listdir(path)) if path.is_dir() else []
+    store, name = found
+    with _told(path):
+        inside = store.get_file_info(fs.FileSelector(name, allow_not_found=True))
+    return sorted(info.base_name for info in inside)
+
+
+def exists(path: Path) -> bool:
+    """Whether a file or a folder with something in it is there."""
+    found = _home(path)
+    if not found:
+        return path.exists()
+    store, name = found
+    with _told(path):
+        return bool(store.get_file_info(name).type != fs.FileType.NotFound)
+
+
+def remove(path: Path) -> None:
+    """Take away a file or a folder, copy and original; it need not be there."""
+    found = _home(path)
+    if found and exists(path):
+        store, name = found
+        with _told(path):
+            is_file = store.get_file_info(name).type == fs.FileType.File
+            (store.delete_file if is_file else store.delete_dir)(name)
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    elif path.exists():
+        path.unlink()
+
+
+def check(place: str) -> None:
+    """UserError where a URI names no store that can be reached."""
+    if is_uri(place):
+        store, name = _open(place)
+        with _told(folder(place)):
+            store.get_file_info(fs.FileSelector(name, allow_not_found=True))
+
+
+def filesystem(path: Path) -> tuple[fs.FileSystem | None, str]:
+    """For libraries that write to stores themselves: pyarrow's file system and the name in it."""
+    return _home(path) or (None, str(path))
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("ARC_HYBRID_CACHE") or "~/.cache/arc-hybrid").expanduser()
+
+
+def _inside(path: Path) -> tuple[str, ...] | None:
+    """The quoted URI that a path is under and the names below it; None if it is no copy."""
+    try:
+        parts = path.relative_to(_cache()).parts
+    except ValueError:
+        return None
+    return parts if parts and is_uri(unquote(parts[0])) else None
+
+
+def _home(path: Path) -> tuple[fs.FileSystem, str] | None:
+    inside = _inside(path)
+    if not inside:
+        return None
+    store, name = _open(unquote(inside[0]))
+    return store, "/".join((name, *inside[1:]))
+
+
+@lru_cache(maxsize=16)
+def _open(uri: str) -> tuple[fs.FileSystem, str]:
+    try:
+        store, name = fs.FileSystem.from_uri(uri)
+    except (ValueError, OSError, pa.ArrowException) as error:
+        raise UserError(f"{uri}: no file system that pyarrow knows ({error})") from error
+    return store, name.rstrip("/")
+
+
+class _told:
+    """What a store complains of is the user's to know, in one line that names the place."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError) and not isinstance(error, UserError):
+            raise UserError(f"{place(self.path)}: {error}") from error
