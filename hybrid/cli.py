@@ -66,4 +66,6 @@ def say_result(result: Result) -> None:
     if result.trained is not None:
         before = "not measured" if result.untrained is None else f"{result.untrained:.1%}"
         print(f"training pairs exactly right: untrained {before}, trained {result.trained:.1%}")
+    if result.validation is not None:
+        print(f"held-out test outputs right within two attempts: {result.validation.rate}")
     print(f"step {result.step}: {storage.place(result.checkpoint)}")

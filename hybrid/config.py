@@ -189,6 +189,43 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """A search over keys of the experiment; every trial trains the hybrid."""
+
+    space: dict[str, Any] = field(default_factory=dict)
+    """section.key -> {grid: [...]}, {choice: [...]}, {uniform: [low, high]},
+    {loguniform: [low, high]} or {int: [low, high]}."""
+    samples: int = 1
+    """Draws of what is not a grid, for every combination of the grids."""
+    hold_out_tasks: int = 32
+    """Training tasks that are not trained on: trials are compared by them."""
+    search: Literal["random", "optuna"] = "random"
+    """optuna learns from the trials that have ended (pip install "arc-hybrid[optuna]")."""
+    scheduler: Literal["asha", "none"] = "asha"
+    """asha ends a trial at a rung where it is not among the best; none trains all to the end."""
+    first_rung: int | None = None
+    """Steps before a trial may be ended; training.save_every when not given."""
+    reduction: int = 3
+    """One trial of so many passes a rung, and the next rung is so many times as far."""
+    max_concurrent: int | None = None
+    """Trials at a time; as many as the cluster holds when not given."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems = check_fields(
+            self,
+            samples=(1, 10**6),
+            hold_out_tasks=(1, None),
+            first_rung=(1, None),
+            reduction=(2, None),
+            max_concurrent=(1, None),
+            seed=(0, 2**32 - 1),
+        )
+        if problems:
+            raise ValueError("\n".join(problems))
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
     """What is written while a job runs; metrics.jsonl and train_<rank>.log always are."""
 
@@ -220,6 +257,7 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     @property
@@ -372,6 +410,7 @@ __all__ = [
     "LlamaConfig",
     "LoggingConfig",
     "PathsConfig",
+    "SweepConfig",
     "TRMConfig",
     "TRMSection",
     "TrainingConfig",

@@ -96,8 +96,9 @@ def test_every_problem_is_named_in_one_pass(write: Any) -> None:
 
 @pytest.mark.parametrize(("section", "key"), KEYS)
 def test_a_wrong_value_is_named_by_its_dotted_path(section: str, key: str) -> None:
-    said = problems({section: {key: {"a": "mapping"}}})
-    assert said.startswith(f"config: {section}.{key}") and said.endswith("got {'a': 'mapping'}")
+    wrong = {"a": "mapping"} if key != "space" else {3}
+    said = problems({section: {key: wrong}})
+    assert said.startswith(f"config: {section}.{key}") and said.endswith(f"got {wrong}")
 
 
 FLOATS = [(s, k) for s, k in KEYS if isinstance(to_dict(Config())[s][k], float)]
@@ -257,14 +258,17 @@ VALID = {
         root=NAMES,
         **dict.fromkeys(("data", "runs", "models", "encodings"), maybe(NAMES)),
     ),
-    "data": keys(
-        training=st.lists(NAMES, min_size=1),
-        evaluation=st.lists(NAMES),
-        variants=st.integers(0, 10**6),
-        max_side=st.integers(1, 30),
-        on_overlap=st.sampled_from(["refuse", "drop"]),
-        hold_out_demos=st.integers(0, 10),
-        seed=st.integers(0, 2**63),
+    "data": both(
+        keys(evaluation=st.lists(NAMES), hold_out_tasks=st.just(0))
+        | keys(evaluation=st.just([]), hold_out_tasks=COUNTS),
+        keys(
+            training=st.lists(NAMES, min_size=1),
+            variants=st.integers(0, 10**6),
+            max_side=st.integers(1, 30),
+            on_overlap=st.sampled_from(["refuse", "drop"]),
+            hold_out_demos=st.integers(0, 10),
+            seed=st.integers(0, 2**63),
+        ),
     ),
     "trm": both(
         SIZES,
@@ -359,6 +363,17 @@ VALID = {
             cpus_per_worker=st.floats(0.01, 99),
             max_failures=st.integers(-1, 99),
         ),
+    ),
+    "sweep": keys(
+        space=st.just({}) | st.just({"adapter.lr": {"loguniform": [1e-4, 1e-2]}}),
+        samples=st.integers(1, 10**6),
+        hold_out_tasks=COUNTS,
+        search=st.sampled_from(["random", "optuna"]),
+        scheduler=st.sampled_from(["asha", "none"]),
+        first_rung=maybe(COUNTS),
+        reduction=st.integers(2, 99),
+        max_concurrent=maybe(COUNTS),
+        seed=st.integers(0, 2**32 - 1),
     ),
     "logging": keys(
         run=st.text("abc.-_ é", max_size=8).filter(lambda name: name not in (".", "..")),

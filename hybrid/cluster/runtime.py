@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,10 +40,10 @@ def cluster(config: Config, *, workers: int | None = None, spare_cpus: int = 0) 
     not see paths.root.
     """
     ours = not ray.is_initialized()
-    if ours and os.environ.get("RAY_ADDRESS"):
-        _join(os.environ["RAY_ADDRESS"])
-    elif ours:
-        start_local()
+    if ours:
+        with _signals_kept():
+            address = os.environ.get("RAY_ADDRESS")
+            _join(address) if address else start_local()
     try:
         check_fits(config, workers or config.cluster.num_workers, spare_cpus)
         _check_shared(config)
@@ -63,6 +65,19 @@ def start_local(num_cpus: int | None = None) -> None:
         logging_level="WARNING",
         runtime_env={"env_vars": {"PYTHONPATH": str(PACKAGE.parent)}},
     )
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Ray takes SIGTERM for a crash, or exits by itself; what the job wants with it stands again
+    afterwards.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
 
 
 def _join(address: str) -> None:

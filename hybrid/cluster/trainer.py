@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ from hybrid.context import ProcessGroupContext, Signal, share_cores
 from hybrid.dataset import Stream
 from hybrid.dataset.stream import Rows
 from hybrid.errors import UserError
+from hybrid.evaluate import Validation
 from hybrid.train import Diverged, Result, joint, pretrain
 
 RAY_FOLDER = "ray"
@@ -120,6 +122,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         "checkpoint": storage.place(result.checkpoint),
         "untrained": result.untrained,
         "trained": result.trained,
+        "validation": asdict(result.validation) if result.validation else None,
         "stopped": result.stopped,
     }
 
@@ -169,7 +172,9 @@ def run(trainer: TorchTrainer, config: Config) -> Result:
         raise UserError(found["user_error"])
     if "diverged" in found:
         raise Diverged(found["diverged"])
-    return Result(**{**found, "checkpoint": storage.folder(found["checkpoint"])})
+    validation = Validation(**found["validation"]) if found["validation"] else None
+    checkpoint = storage.folder(found["checkpoint"])
+    return Result(**{**found, "checkpoint": checkpoint, "validation": validation})
 
 
 def fit(config: Config, kind: str) -> Result:

@@ -25,12 +25,25 @@ class DataConfig:
     hold_out_demos: int = 0
     """Demonstrations of each evaluation task, the last ones, kept out of training and of prompts:
     what `feedback.source=demos` tries the rule on."""
+    hold_out_tasks: int = 0
+    """Training tasks, drawn by the seed, that are asked instead: what hyperparameters are chosen
+    by. Goes with an empty `evaluation`."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         problems = check_fields(
-            self, variants=(0, 10**6), max_side=(1, 30), hold_out_demos=(0, 10), seed=(0, 2**63)
+            self,
+            variants=(0, 10**6),
+            max_side=(1, 30),
+            hold_out_demos=(0, 10),
+            hold_out_tasks=(0, None),
+            seed=(0, 2**63),
         )
+        if self.hold_out_tasks and self.evaluation:
+            problems.append(
+                "hold_out_tasks asks training tasks: evaluation must be [], its tasks are not for"
+                " choosing hyperparameters"
+            )
         if not self.training and not self.evaluation:
             problems.append("training and evaluation are both empty: no source to read")
         if problems:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,9 @@ def select(config: DataConfig, say: Say) -> tuple[list[Selected], dict[str, Any]
     found = len(training) + len(evaluation)
     asked = len(evaluation)
     training = [s for s in training if s.task.max_side <= config.max_side]
+    if config.hold_out_tasks:
+        training, evaluation = _hold_out(config, training, say)
+        asked = len(evaluation)
     # Whether an evaluation task fits is decided without its answers: those are not known.
     evaluation = [s for s in evaluation if s.task.without_answers().max_side <= config.max_side]
     too_large = found - len(training) - len(evaluation)
@@ -117,6 +120,23 @@ def _read(sources: tuple[str, ...], purpose: Purpose, say: Say) -> list[Selected
             if not _same(other.task, task):
                 raise UserError(f"{source}: task {task.id} differs from the one in {other.source}")
     return [by_id[task_id] for task_id in sorted(by_id)]
+
+
+def _hold_out(
+    config: DataConfig, training: list[Selected], say: Say
+) -> tuple[list[Selected], list[Selected]]:
+    """Training tasks, and those of them that are asked."""
+    known = [s for s in training if all(pair.output is not None for pair in s.task.test)]
+    if len(known) <= config.hold_out_tasks:
+        raise UserError(
+            f"data.hold_out_tasks={config.hold_out_tasks}: of {len(known)} training tasks on this"
+            " canvas none would be left"
+        )
+    rng = np.random.default_rng([config.seed, config.hold_out_tasks])
+    drawn = {known[n].task.id for n in rng.permutation(len(known))[: config.hold_out_tasks]}
+    held = [replace(s, purpose="evaluation") for s in training if s.task.id in drawn]
+    say(f"{len(held)} training tasks held out")
+    return [s for s in training if s.task.id not in drawn], held
 
 
 def _same(one: Task, other: Task) -> bool:

@@ -5,6 +5,7 @@ from hybrid.evaluate.merge import describe
 from hybrid.evaluate.report import write_report
 from hybrid.evaluate.run import Job, Outcome, evaluate, local_solve_all, open_solver
 from hybrid.evaluate.solve import Question, Solver, exact_accuracy, predict
+from hybrid.evaluate.validate import Validation, validate
 
 __all__ = [
     "HybridAnswerer",
@@ -12,6 +13,7 @@ __all__ = [
     "Outcome",
     "Question",
     "Solver",
+    "Validation",
     "describe",
     "evaluate",
     "exact_accuracy",
@@ -19,5 +21,6 @@ __all__ = [
     "open_solver",
     "play",
     "predict",
+    "validate",
     "write_report",
 ]

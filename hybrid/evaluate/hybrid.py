@@ -107,13 +107,23 @@ class Asked:
 class HybridAnswerer:
     """A trained hybrid: averaged weights in memory, puzzle table on disk, its language model."""
 
-    def __init__(self, checkpoint: Checkpoint, config: Config, device: torch.device) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: Config,
+        device: torch.device,
+        reader: Reader | None = None,
+    ) -> None:
+        """`reader`: the language model that it was trained with, where it is open already."""
         self.config = config
         trained = from_dict(checkpoint.state["config"])
         adapter = trained.adapter
         if config.adapter.inject == "none":
             adapter = replace(adapter, inject="none")
-        reader = None if adapter.inject == "none" else _reader(checkpoint, config, trained, device)
+        if adapter.inject == "none":
+            reader = None
+        elif reader is None:
+            reader = _reader(checkpoint, config, trained, device)
         trm = TRM(replace(TRMConfig(**checkpoint.state["trm"]), num_puzzle_identifiers=1))
         steps = trained.training.act_steps
         self.solver = HybridSolver(trm, reader, adapter, act_steps=steps, seed=0)

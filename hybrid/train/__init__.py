@@ -2,9 +2,9 @@
 
 from hybrid.train.estimate import estimate
 from hybrid.train.joint import Joint, joint
-from hybrid.train.loop import Result, check, total_steps
+from hybrid.train.loop import Result, check, total_steps, validated
 from hybrid.train.pretrain import Pretraining, pretrain
-from hybrid.train.state import TrainState
+from hybrid.train.state import TrainState, initial_checkpoint
 from hybrid.train.step import Diverged
 
 __all__ = [
@@ -15,7 +15,9 @@ __all__ = [
     "TrainState",
     "check",
     "estimate",
+    "initial_checkpoint",
     "joint",
     "pretrain",
     "total_steps",
+    "validated",
 ]

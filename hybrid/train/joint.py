@@ -6,6 +6,7 @@ demonstrations and its input; the rows make their attempts, and the loss is summ
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 from hybrid.config import Config
 from hybrid.context import RunContext
 from hybrid.dataset import Dataset, Stream
-from hybrid.evaluate import play
+from hybrid.evaluate import Validation, play, validate
 from hybrid.llm import open_reader
 from hybrid.solver import Attempt, HybridSolver, Judge, Nothing, Oracle, attempts, read_out
 from hybrid.solver.feedback import Confidence
@@ -119,6 +120,13 @@ class Joint:
             said = np.stack([turns[-1].tokens for turns in played])
             right += int(((said == labels[part]) | (labels[part] == 0)).all(axis=1).sum())
         return right / len(labels), len(labels)
+
+    def validate(self, checkpoint: Path) -> Validation:
+        """See `hybrid.evaluate.validate`. A language model that learns is opened once more: the
+        one here must keep its weights.
+        """
+        reader = self.reader if self.config.llama.frozen else None
+        return validate(self.config, checkpoint, self.context.device, reader)
 
     def describe(self) -> dict[str, Any]:
         """Name and revision of the language model; whether an answer was ever looked at."""

@@ -5,6 +5,7 @@ What differs between training the TRM and training the hybrid is a `Learner`.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -16,11 +17,13 @@ from typing import Any, Protocol
 import torch
 
 from hybrid import storage
+from hybrid.arc import pair_hash
 from hybrid.checkpoint import Checkpoint, newest
 from hybrid.config import Config, differences, to_dict
 from hybrid.context import RunContext, Signal, worker_slots
 from hybrid.dataset import Dataset, Stream
 from hybrid.errors import UserError
+from hybrid.evaluate import Validation
 from hybrid.llm import check_model
 from hybrid.train.feed import Feed
 from hybrid.train.runlog import RunLog, read_metrics
@@ -56,6 +59,8 @@ class Result:
     untrained: float | None
     """Exact accuracy on training pairs before the first step; None if it was not measured."""
     trained: float | None
+    validation: Validation | None = None
+    """On held-out tasks, where the dataset has some."""
     stopped: bool = False
     """Before its last step, because it was asked to."""
 
@@ -92,6 +97,10 @@ class Learner(Protocol):
         """Share of up to `count` original training pairs exactly right, and how many there were."""
         ...
 
+    def validate(self, checkpoint: Path) -> Validation:
+        """What a checkpoint just written is worth, see `hybrid.evaluate.validate`."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """What a checkpoint says of it, beside what all say."""
         ...
@@ -124,6 +133,7 @@ def train(config: Config, context: RunContext, make: MakeLearner) -> Result:
     state = learner.state
     stop_file = StopFile(config.run_folder)
     asked = Signal.NONE
+    validating = context.rank == 0 and dataset.meta["config"]["hold_out_tasks"] > 0
     if resumed:
         refuse_changes(config, dataset, resumed, learner.kind, learner.sections)
         _refuse_another_reader(config, resumed, learner.describe())
@@ -139,6 +149,8 @@ def train(config: Config, context: RunContext, make: MakeLearner) -> Result:
         meter = _Meter(learner, stream, config, context, run)
         if state.step == 0:
             meter.probe()
+        elif validating and state.step not in validated(config.run_folder):
+            meter.validate(step_folder(folder, state.step))  # killed in the middle of it
         while state.step < total and asked is not Signal.STOP:
             sums = _step(learner, feed, total, folder)
             mine = max(context.signal(), stop_file.signal() if context.rank == 0 else Signal.NONE)
@@ -153,16 +165,20 @@ def train(config: Config, context: RunContext, make: MakeLearner) -> Result:
             if saving:
                 described = {"kind": learner.kind, **learner.describe()}
                 save_checkpoint(state, described, dataset, config, context, folder)
+                if regular and validating:
+                    meter.validate(step_folder(folder, state.step))
                 run.publish()
                 context.report(
                     {"step": state.step, **meter.latest}, step_folder(folder, state.step)
                 )
     probes = probed(config.run_folder) if context.rank == 0 else {}
+    validations = validated(config.run_folder) if context.rank == 0 else {}
     return Result(
         step=state.step,
         checkpoint=step_folder(folder, state.step),
         untrained=probes.get(0),
         trained=probes.get(state.step),
+        validation=validations.get(state.step),
         stopped=state.step < total,
     )
 
@@ -189,6 +205,7 @@ def check(config: Config, kind: str, sections: tuple[str, ...]) -> None:
         initial = initial_checkpoint(config)
         if initial:
             refuse_other_sizes(model_config(config, dataset), initial)
+            _refuse_to_know(initial, dataset)
     if kind == "hybrid" and config.adapter.inject != "none":
         check_model(config.llama, config.models_folder)
 
@@ -198,6 +215,16 @@ def probed(run_folder: Path) -> dict[int, float]:
     key = "probe/exact_accuracy"
     metrics = read_metrics(run_folder / "metrics.jsonl")
     return {m["step"]: m[key] for m in metrics if key in m}
+
+
+def validated(run_folder: Path) -> dict[int, Validation]:
+    """Validations by step, as metrics.jsonl has them."""
+    names = ("right", "asked", "cells")
+    return {
+        m["step"]: Validation(**{name: m[f"validation/{name}"] for name in names})
+        for m in read_metrics(run_folder / "metrics.jsonl")
+        if "validation/asked" in m
+    }
 
 
 def refuse_changes(
@@ -220,6 +247,25 @@ def refuse_changes(
         raise UserError(f"{where}: holds a run of another config ({'; '.join(changed)})")
     if checkpoint.state["dataset"]["fingerprint"] != dataset.fingerprint:
         raise UserError(f"{where}: holds a run on another dataset than {dataset.folder}")
+
+
+def _refuse_to_know(initial: Checkpoint, dataset: Dataset) -> None:
+    """UserError if what a run starts from has seen the tests that are held out to judge it."""
+    if not dataset.meta["config"]["hold_out_tasks"]:
+        return
+    answers = Dataset.open(dataset.folder, answers=True)
+    seen = set(json.loads((initial.folder / "trained_on.json").read_text()))
+    known = [
+        answers.tasks[task].id
+        for task in dataset.asked
+        if any(pair_hash(pair) in seen for pair in answers.tasks[task].test)
+    ]
+    if known:
+        raise UserError(
+            f"trm.init_from: {storage.place(initial.folder)} was trained on the tests of"
+            f" {len(known)} of the {len(dataset.asked)} held-out tasks: pretrain with the same"
+            f" data.training, data.hold_out_tasks={len(dataset.asked)} and data.evaluation=[]"
+        )
 
 
 def _refuse_another_reader(config: Config, checkpoint: Checkpoint, now: dict[str, Any]) -> None:
@@ -299,6 +345,15 @@ class _Meter:
                 "probe/pairs": pairs,
             }
         )
+        self.since += time.perf_counter() - started  # not training
+
+    def validate(self, checkpoint: Path) -> None:
+        """Score a checkpoint on held-out tasks; of rank 0, the others wait."""
+        started = time.perf_counter()
+        metrics = self.learner.validate(checkpoint).metrics()
+        self.latest = {**self.latest, **metrics}
+        self.run.write({"step": self.state.step, **metrics})
+        self.context.gauge({"validation_right": metrics["validation/right"]})
         self.since += time.perf_counter() - started  # not training
 
 

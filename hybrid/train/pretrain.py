@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from hybrid.config import Config
 from hybrid.context import RunContext
 from hybrid.dataset import Dataset, Stream
-from hybrid.evaluate import exact_accuracy
+from hybrid.evaluate import Validation, exact_accuracy, validate
 from hybrid.train.loop import Result, train
 from hybrid.train.state import fresh
 from hybrid.train.step import Sums, train_step
@@ -38,6 +39,10 @@ class Pretraining:
         rows = stream.original_pairs(count)
         size = self.config.evaluation.batch_size
         return exact_accuracy(self.state.trm, rows, size), len(rows["labels"])
+
+    def validate(self, checkpoint: Path) -> Validation:
+        """See `hybrid.evaluate.validate`."""
+        return validate(self.config, checkpoint, self.context.device)
 
     def describe(self) -> dict[str, Any]:
         """Nothing but what all say."""

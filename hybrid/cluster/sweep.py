@@ -1,0 +1,347 @@
+"""A sweep on the cluster: Ray Tune runs trials side by side, each a training run of its own.
+
+What is known of a trial lies in its run folder, as plain files; Tune's own records are not read
+again. A sweep that is run once more tells Tune what its trials have reached, and goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+
+from hybrid import storage
+from hybrid.cluster.launch import encode
+from hybrid.cluster.runtime import cluster
+from hybrid.cluster.trainer import run, trainer
+from hybrid.config import Config, differences, from_dict, to_dict
+from hybrid.context import LocalContext, compute_device, share_cores
+from hybrid.dataset import Dataset, prepare
+from hybrid.errors import UserError, make_folder
+from hybrid.evaluate import Validation
+from hybrid.sweep import (
+    Axis,
+    Trial,
+    best_yaml,
+    draw,
+    note_trial,
+    parse_space,
+    read_trial,
+    say_trial,
+    trial_config,
+    trial_name,
+    write_report,
+    write_results,
+)
+from hybrid.train import Joint, check, initial_checkpoint, joint, total_steps
+from hybrid.train.loop import training_stream
+
+OBJECTIVE = "validation/objective"
+TUNE_FOLDER = "tune"
+"""Ray Tune's own bookkeeping, inside the run folder."""
+
+Say = Callable[[str], None]
+Values = Mapping[str, Any]
+
+
+def sweep(config: Config, say: Say = print) -> tuple[list[Trial], tuple[Axis, ...]]:
+    """Train the hybrid with many sets of values; rerunning the same config resumes it.
+
+    Every trial is judged on training tasks that are held out (`sweep.hold_out_tasks`). Writes
+    sweep.parquet, report.html and best.yaml into the run folder; a trial that fails is listed.
+    """
+    axes = parse_space(config)
+    base = _prepared(config, say)
+    check(base, Joint.kind, Joint.sections)
+    search = _Random(base, axes) if base.sweep.search == "random" else _Optuna(base, axes)
+    with cluster(base, workers=_workers(base), spare_cpus=_spare(base)):
+        at_once = _at_once(base)
+        say(f"{storage.place(config.run_folder)}: {search.said}, {at_once} at a time")
+        if search.open:
+            if base.llama.encodings:
+                say(encode(base))
+            _run(base, search, at_once, say)
+    trials = _known(base)
+    write_results(config.run_folder / "sweep.parquet", trials, axes)
+    write_report(config.run_folder / "report.html", config.logging.run, trials, axes)
+    best = config.run_folder / "best.yaml"
+    best.write_text(best_yaml(config, trials))
+    storage.publish(best)
+    return trials, axes
+
+
+def _prepared(config: Config, say: Say) -> Config:
+    """The experiment that trials vary: on data of its own, with a start that stays where it is."""
+    run_folder = storage.place(config.run_folder)
+    _refuse_changes(config)
+    data = replace(config.data, evaluation=(), hold_out_tasks=config.sweep.hold_out_tasks)
+    paths = replace(
+        config.paths,
+        data=storage.join(run_folder, "data"),
+        runs=storage.join(run_folder, "trials"),
+    )
+    initial = initial_checkpoint(config)
+    start = storage.place(initial.folder) if initial else None
+    base = replace(config, data=data, paths=paths, trm=replace(config.trm, init_from=start))
+    prepare(data, base.data_folder, say)
+    return base
+
+
+def _refuse_changes(config: Config) -> None:
+    """UserError if the run folder holds another sweep; else note this one there."""
+    path = config.run_folder / "sweep.json"
+    now = json.loads(json.dumps(to_dict(config)))
+    storage.obtain(path)
+    if path.exists():
+        try:
+            before = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{storage.place(path)}: cannot be read ({error})") from error
+        sections = [name for name in now if name not in ("cluster", "paths", "logging")]
+        may = ("sweep.samples:", "sweep.max_concurrent:")  # more of the same, or faster
+        changed = [c for c in differences(before, now, sections) if not c.startswith(may)]
+        if changed:
+            raise UserError(
+                f"{storage.place(path.parent)}: holds another sweep ({'; '.join(changed)}); give"
+                " this one another logging.run"
+            )
+        return
+    make_folder(path.parent)
+    partial = path.with_name(f".{path.name}.tmp")
+    partial.write_text(json.dumps(now))
+    os.replace(partial, path)
+    storage.publish(path)
+
+
+def _workers(config: Config) -> int:
+    """Of a trial; without any the loop runs in Tune's own process."""
+    return max(1, config.cluster.num_workers)
+
+
+def _spare(config: Config) -> int:
+    """CPUs for the rows of all trials, which Ray Data makes for workers."""
+    return int(config.cluster.num_workers > 0)
+
+
+def _at_once(config: Config) -> int:
+    """Trials that the cluster holds side by side."""
+    have = ray.cluster_resources()
+    needs = _workers(config) * config.cluster.cpus_per_worker
+    fit = int((have["CPU"] - _spare(config)) // needs)
+    if config.cluster.use_gpu:
+        fit = min(fit, int(have["GPU"] // _workers(config)))
+    return max(1, min(fit, config.sweep.max_concurrent or fit))
+
+
+def _known(config: Config) -> list[Trial]:
+    """All trials that have begun."""
+    folder = config.runs_folder
+    found = [read_trial(folder / name) for name in storage.names(folder)]
+    return [trial for trial in found if trial]
+
+
+class _Random:
+    """Trials drawn beforehand; those that have ended tell Tune so, those that failed are left."""
+
+    def __init__(self, config: Config, axes: Sequence[Axis]) -> None:
+        failed = {trial.name for trial in _known(config) if trial.status == "failed"}
+        drawn = draw(axes, config.sweep.samples, config.sweep.seed)
+        done = {trial.name for trial in _known(config) if trial.status != "unfinished"}
+        self.count = len(drawn)
+        left = [values for values in drawn if trial_name(values) not in failed]
+        self.open = any(trial_name(values) not in done for values in left)
+        self.said = f"{len(drawn)} trials, {len(done)} of them done"
+        self.space = {"values": tune.grid_search(left)}
+        self.samples = 1
+        self.searcher = None
+
+
+class _Optuna:
+    """Trials chosen as they go, by what is known of those that have ended."""
+
+    def __init__(self, config: Config, axes: Sequence[Axis]) -> None:
+        try:
+            import optuna  # noqa: F401
+            from ray.tune.search.optuna import OptunaSearch
+        except ImportError:
+            raise UserError(
+                'sweep.search=optuna: not installed; pip install "arc-hybrid[optuna]"'
+            ) from None
+        logging.getLogger("optuna").setLevel(logging.ERROR)
+        known = _known(config)
+        ended = [trial for trial in known if trial.status != "unfinished"]
+        self.count = config.sweep.samples
+        self.samples = max(0, self.count - len(ended))
+        self.open = self.samples > 0
+        self.said = f"{self.count} trials, {len(ended)} of them done"
+        self.space: dict[str, Any] = {}  # the searcher has it
+        going = [dict(trial.values) for trial in known if trial.status == "unfinished"]
+        self.searcher = OptunaSearch(
+            OptunaSearch.convert_search_space({axis.key: _domain(axis) for axis in axes}),
+            metric=OBJECTIVE,
+            mode="max",
+            seed=config.sweep.seed + len(ended),  # the same again would propose the same again
+            points_to_evaluate=going or None,
+        )
+        for trial in ended:
+            if trial.last:
+                self.searcher.add_evaluated_point(dict(trial.values), trial.last.objective)
+
+
+def _domain(axis: Axis) -> Any:
+    if axis.kind == "choice":
+        return tune.choice(list(axis.values))
+    low, high = axis.values
+    if axis.kind == "int":
+        return tune.randint(low, high + 1)
+    return tune.uniform(low, high) if axis.kind == "uniform" else tune.loguniform(low, high)
+
+
+def _run(config: Config, search: _Random | _Optuna, at_once: int, say: Say) -> None:
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its tables; ours are said here
+    # A checkpoint that nobody planned comes without a score.
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
+    for name in ("ray.tune", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    steps = total_steps(config, len(training_stream(config, Dataset.open(config.data_folder))))
+    scheduler = FIFOScheduler()
+    if config.sweep.scheduler == "asha":
+        first = min(config.sweep.first_rung or config.training.save_every, steps)
+        scheduler = ASHAScheduler(
+            time_attr="step",
+            max_t=steps,
+            grace_period=first,
+            reduction_factor=config.sweep.reduction,
+        )
+    storage.remove(config.runs_folder.parent / TUNE_FOLDER)
+    store, name = storage.filesystem(config.runs_folder.parent)
+    trainable = tune.with_parameters(_train_trial, base=to_dict(config))
+    tune.Tuner(
+        tune.with_resources(trainable, _resources(config)),
+        param_space=search.space,
+        tune_config=tune.TuneConfig(
+            metric=OBJECTIVE,
+            mode="max",
+            num_samples=search.samples,
+            max_concurrent_trials=at_once,
+            search_alg=search.searcher,
+            scheduler=scheduler,
+        ),
+        run_config=tune.RunConfig(
+            name=TUNE_FOLDER,
+            storage_path=name,
+            storage_filesystem=store,
+            callbacks=[_Notes(config, steps, search.count, say)],
+            verbose=0,
+        ),
+    ).fit()
+
+
+def _resources(config: Config) -> dict[str, float]:
+    """Of Tune's process of a trial: no CPU where workers do the work, or the processes could hold
+    all of them and no worker start. Something it must be: a megabyte.
+    """
+    if config.cluster.num_workers:
+        return {"CPU": 0, "memory": 2**20}
+    return {"CPU": config.cluster.cpus_per_worker, "GPU": int(config.cluster.use_gpu)}
+
+
+def _train_trial(settings: dict[str, Any], base: dict[str, Any]) -> None:
+    """What Tune runs: a training run, from where it stands."""
+    values = settings.get("values", settings)
+    config = _config_of(from_dict(base), values)
+    before = read_trial(config.run_folder)
+    if before:
+        for step, validation in sorted(before.curve.items()):
+            _report(step, validation)
+        if before.status != "unfinished":
+            return
+    else:
+        note_trial(config.run_folder, values, "unfinished", 0)
+    check(config, Joint.kind, Joint.sections)
+    if config.cluster.num_workers:
+        result = run(trainer(config, Joint.kind, [TuneReportCallback()]), config)
+    else:
+        share_cores(1)
+        result = joint(config, _TrialContext(compute_device(config.cluster.use_gpu)))
+    # Said once more: what a worker says last, Ray Train may lose with the worker.
+    assert result.validation is not None
+    _report(result.step, result.validation)
+
+
+class _TrialContext(LocalContext):
+    """A trial without workers."""
+
+    def report(self, metrics: Mapping[str, Any], checkpoint: Path) -> None:
+        """To Tune."""
+        tune.report(dict(metrics))
+
+
+def _report(step: int, validation: Validation) -> None:
+    tune.report({"step": step, **validation.metrics()})
+
+
+def _config_of(config: Config, values: Values) -> Config:
+    """The experiment of a trial."""
+    config = trial_config(config, values)
+    return replace(config, logging=replace(config.logging, run=trial_name(values)))
+
+
+class _Notes(tune.Callback):  # type: ignore[misc]
+    """In the sweep's own process: writes down how trials end, and says how they go."""
+
+    def __init__(self, config: Config, steps: int, count: int, say: Say) -> None:
+        self.config, self.steps, self.count, self.say = config, steps, count, say
+        self.said: dict[str, int] = {}
+
+    def on_trial_result(
+        self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        known = self._known(trial)
+        if known and known.step > self.said.get(known.name, 0):
+            self.said[known.name] = known.step
+            self.say(say_trial(known))
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        known = self._known(trial)
+        if known and known.status == "unfinished":
+            done = known.step >= self.steps
+            self._end(trial, known, "done" if done else "stopped early")
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self._end(trial, self._known(trial), "failed", _cause(trial))
+
+    def _end(self, trial: Any, known: Trial | None, status: Any, error: str = "") -> None:
+        values = trial.config.get("values", trial.config)
+        seconds = (known.seconds if known else 0.0) + float(
+            (trial.last_result or {}).get("time_total_s", 0.0)
+        )
+        note_trial(self._folder(trial), values, status, seconds, error)
+        ended = sum(t.status != "unfinished" for t in _known(self.config))
+        self.say(
+            f"{ended}/{self.count} {trial_name(values)} {status}{': ' if error else ''}{error}"
+        )
+
+    def _folder(self, trial: Any) -> Path:
+        return self.config.runs_folder / trial_name(trial.config.get("values", trial.config))
+
+    def _known(self, trial: Any) -> Trial | None:
+        return read_trial(self._folder(trial))
+
+
+def _cause(trial: Any) -> str:
+    """What a trial died of, in one line."""
+    error = trial.get_pickled_error() or trial.get_error()
+    cause = getattr(error, "cause", None) or error
+    lines = str(cause).strip().splitlines() or [type(cause).__name__]
+    return lines[-1] if isinstance(cause, UserError) else f"{type(cause).__name__}: {lines[-1]}"
