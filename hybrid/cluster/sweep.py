@@ -43,7 +43,7 @@ from hybrid.sweep import (
     write_results,
 )
 from hybrid.train import Joint, check, initial_checkpoint, joint, total_steps
-from hybrid.train.loop import training_stream
+from hybrid.train.plan import training_stream
 
 OBJECTIVE = "validation/objective"
 TUNE_FOLDER = "tune"

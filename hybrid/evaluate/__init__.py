@@ -4,7 +4,7 @@ from hybrid.evaluate.hybrid import HybridAnswerer, play
 from hybrid.evaluate.merge import describe
 from hybrid.evaluate.report import write_report
 from hybrid.evaluate.run import Job, Outcome, evaluate, local_solve_all, open_solver
-from hybrid.evaluate.solve import Question, Solver, exact_accuracy, predict
+from hybrid.evaluate.solve import Question, Solver, exact, predict, said_to
 from hybrid.evaluate.validate import Validation, validate
 
 __all__ = [
@@ -16,11 +16,12 @@ __all__ = [
     "Validation",
     "describe",
     "evaluate",
-    "exact_accuracy",
+    "exact",
     "local_solve_all",
     "open_solver",
     "play",
     "predict",
+    "said_to",
     "validate",
     "write_report",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,10 +95,13 @@ def evaluate(config: Config, solve_all: SolveAll, say: Callable[[str], None] = p
     open_questions = [q for q in questions if q.task.id not in answered]
     say(f"{storage.place(folder)}: {len(asked)} tasks, {resumed} already answered")
     job = Job(checkpoint=checkpoint, config=config)
+    started = time.monotonic()
     for prediction in solve_all(job, open_questions) if open_questions else ():
         answered[prediction["task"]] = prediction
         _write_json(folder / "predictions" / f"{prediction['task']}.json", prediction)
-        say(f"{len(answered)}/{len(asked)} {prediction['task']}")
+        done = len(answered) - resumed
+        left = (time.monotonic() - started) / done * (len(asked) - len(answered))
+        say(f"{len(answered)}/{len(asked)} {prediction['task']}, {left / 60:.1f} min left")
     # Answers are read here and nowhere above, unless an oracle was asked for.
     answers = Dataset.open(config.data_folder, answers=True)
     tasks = [answers.tasks[task] for task in asked]

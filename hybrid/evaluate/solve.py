@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from hybrid.arc import (
+    PAD,
     Augmentation,
     Grid,
     Pair,
@@ -186,8 +187,8 @@ def predict(
     return tokens, halt_logits, spent
 
 
-def exact_accuracy(model: TRM, rows: Rows, batch_size: int) -> float:
-    """Share of labelled rows that the model gets right in every scored position."""
+def said_to(model: TRM, rows: Rows, batch_size: int) -> npt.NDArray[np.uint8]:
+    """Tokens [n, L] that the model answers rows with."""
     was_training = model.training
     model.eval()
     identifiers = torch.from_numpy(np.asarray(rows["puzzle_identifiers"])).long()
@@ -195,8 +196,13 @@ def exact_accuracy(model: TRM, rows: Rows, batch_size: int) -> float:
     config = EvaluationConfig(batch_size=batch_size)
     tokens, _, _ = predict(model, np.asarray(rows["inputs"], np.uint8), puzzle_rows, config)
     model.train(was_training)
-    labels = np.asarray(rows["labels"])
-    return float(((tokens == labels) | (labels == 0)).all(axis=1).mean())
+    return tokens
+
+
+def exact(said: npt.NDArray[np.uint8], labels: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """[n]: rows that are right in every scored position."""
+    right: npt.NDArray[np.bool_] = ((said == labels) | (labels == PAD)).all(axis=1)
+    return right
 
 
 def _done(

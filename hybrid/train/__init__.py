@@ -2,7 +2,9 @@
 
 from hybrid.train.estimate import estimate
 from hybrid.train.joint import Joint, joint
-from hybrid.train.loop import Result, check, total_steps, validated
+from hybrid.train.loop import Result
+from hybrid.train.meter import validated
+from hybrid.train.plan import check, total_steps
 from hybrid.train.pretrain import Pretraining, pretrain
 from hybrid.train.state import TrainState, initial_checkpoint
 from hybrid.train.step import Diverged

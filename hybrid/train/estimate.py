@@ -11,7 +11,7 @@ from hybrid.config import Config
 from hybrid.dataset import Dataset
 from hybrid.errors import UserError
 from hybrid.llm import Shape
-from hybrid.train.loop import total_steps, training_stream
+from hybrid.train.plan import total_steps, training_stream
 from hybrid.trm import TRM, TRMConfig
 
 GiB = 2**30

@@ -16,11 +16,13 @@ from torch import Tensor
 from hybrid.config import Config
 from hybrid.context import RunContext
 from hybrid.dataset import Dataset, Stream
+from hybrid.dataset.stream import Rows
 from hybrid.evaluate import Validation, play, validate
 from hybrid.llm import open_reader
 from hybrid.solver import Attempt, HybridSolver, Judge, Nothing, Oracle, attempts, read_out
 from hybrid.solver.feedback import Confidence
-from hybrid.train.loop import Result, train, training_stream
+from hybrid.train.loop import Result, train
+from hybrid.train.plan import training_stream
 from hybrid.train.state import fresh
 from hybrid.train.step import Sums, clear_gradients, exploration, move
 from hybrid.trm import IGNORE, Batch, act_loss
@@ -94,16 +96,16 @@ class Joint:
         move(state, loss, ids, grads, self.rates, training, total_steps, self.context)
         return sums
 
-    def accuracy(self, stream: Stream, count: int) -> tuple[float, int]:
+    def probe(self, stream: Stream, count: int) -> Rows:
         """After the last attempt, each pair read like a row of training."""
         rows, problems = stream.original_pairs(count), stream.original_problems(count)
-        inputs, labels = np.asarray(rows["inputs"], np.uint8), np.asarray(rows["labels"])
+        inputs = np.asarray(rows["inputs"], np.uint8)
         ids = torch.from_numpy(np.asarray(rows["puzzle_identifiers"])).long()
         table = self.state.trm.puzzle_table
         self.solver.eval()
         size = min(self.config.training.batch_size, self.config.evaluation.batch_size)
-        right = 0
-        for first in range(0, len(labels), size):
+        said = []
+        for first in range(0, len(inputs), size):
             part = slice(first, first + size)
             prompts = None
             if self.reader:
@@ -117,9 +119,8 @@ class Joint:
                 most=self.config.training.max_attempts,
                 history=self.config.feedback.history,
             )
-            said = np.stack([turns[-1].tokens for turns in played])
-            right += int(((said == labels[part]) | (labels[part] == 0)).all(axis=1).sum())
-        return right / len(labels), len(labels)
+            said += [turns[-1].tokens for turns in played]
+        return {**rows, "said": np.stack(said)}
 
     def validate(self, checkpoint: Path) -> Validation:
         """See `hybrid.evaluate.validate`. A language model that learns is opened once more: the

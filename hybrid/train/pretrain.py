@@ -8,7 +8,8 @@ from typing import Any
 from hybrid.config import Config
 from hybrid.context import RunContext
 from hybrid.dataset import Dataset, Stream
-from hybrid.evaluate import Validation, exact_accuracy, validate
+from hybrid.dataset.stream import Rows
+from hybrid.evaluate import Validation, said_to, validate
 from hybrid.train.loop import Result, train
 from hybrid.train.state import fresh
 from hybrid.train.step import Sums, train_step
@@ -34,11 +35,11 @@ class Pretraining:
         """One ACT step of every slot."""
         return train_step(self.state, batch, self.config.training, total_steps, self.context)
 
-    def accuracy(self, stream: Stream, count: int) -> tuple[float, int]:
-        """See `exact_accuracy`."""
+    def probe(self, stream: Stream, count: int) -> Rows:
+        """After all ACT steps, with each puzzle's own row."""
         rows = stream.original_pairs(count)
-        size = self.config.evaluation.batch_size
-        return exact_accuracy(self.state.trm, rows, size), len(rows["labels"])
+        said = said_to(self.state.trm, rows, self.config.evaluation.batch_size)
+        return {**rows, "said": said}
 
     def validate(self, checkpoint: Path) -> Validation:
         """See `hybrid.evaluate.validate`."""

@@ -16,7 +16,7 @@ from hybrid import storage
 from hybrid.config import Config
 from hybrid.dataset import Dataset, Stream
 from hybrid.errors import UserError
-from hybrid.train.loop import total_steps
+from hybrid.train.plan import total_steps
 
 PLAIN_EVERY_S = 15.0
 """Seconds between lines where there is no terminal to draw a bar on."""

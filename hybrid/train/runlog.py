@@ -11,12 +11,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from hybrid import storage
+from hybrid.arc import Grid, tokens_to_grid
 from hybrid.config import Config, to_dict
+from hybrid.dataset.stream import Rows
 from hybrid.errors import make_folder
 
 log = logging.getLogger(__name__)
 
+PICTURES = 8
+CELL = 12
+COLOURS = "000000 0074d9 ff4136 2ecc40 ffdc00 aaaaaa f012be ff851b 7fdbff 870c25"
 Metrics = Mapping[str, float | int | str]
 
 
@@ -67,6 +75,19 @@ class RunLog:
         for path in self._files:
             storage.publish(path)
 
+    def show(self, step: int, rows: Rows, right: npt.NDArray[np.bool_]) -> None:
+        """The first few of some training pairs and of what was said to them, as pictures in W&B."""
+        if not self._wandb:
+            return
+        import wandb
+
+        names = ("inputs", "said", "labels")
+        table = wandb.Table(columns=["input", "said", "answer", "right"])
+        for row in range(min(PICTURES, len(right))):
+            grids = [tokens_to_grid(np.asarray(rows[name][row])) for name in names]
+            table.add_data(*(wandb.Image(picture(grid)) for grid in grids), bool(right[row]))
+        self._wandb.log({"training pairs": table}, step=step)
+
     def write(self, metrics: Metrics) -> None:
         """One line of metrics.jsonl, one of the log, one point in W&B."""
         if not self._metrics:
@@ -79,6 +100,15 @@ class RunLog:
         log.info(" ".join(f"{key}={_short(value)}" for key, value in metrics.items()))
         if self._wandb:
             self._wandb.log(dict(metrics), step=int(metrics["step"]))
+
+
+def picture(grid: Grid) -> npt.NDArray[np.uint8]:
+    """[h, w, 3]: a grid in ARC's colours, cells of CELL pixels with a line between them."""
+    colours = np.array([list(bytes.fromhex(c)) for c in COLOURS.split()], np.uint8)
+    pixels = colours[grid if grid.size else np.zeros((1, 1), np.uint8)]
+    pixels = pixels.repeat(CELL, axis=0).repeat(CELL, axis=1)
+    pixels[::CELL] = pixels[:, ::CELL] = 85
+    return pixels
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

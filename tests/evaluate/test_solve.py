@@ -17,7 +17,7 @@ from hybrid.arc import encode_grid, grid_to_string
 from hybrid.checkpoint import Checkpoint, read, write_tensors
 from hybrid.config import Config, EvaluationConfig
 from hybrid.dataset import Dataset, Stream
-from hybrid.evaluate import Question, Solver, exact_accuracy, predict
+from hybrid.evaluate import Question, Solver, exact, predict, said_to
 from hybrid.evaluate.solve import Prediction
 from hybrid.trm import TRM
 
@@ -185,7 +185,7 @@ def test_confident_rows_leave_and_change_nothing_for_the_others(halting: TRM, ro
     assert len(set(lived)) > 1, "all rows halted together: nothing was compacted"
 
 
-def test_exact_accuracy_counts_rows_right_in_every_label(trained: Config, dataset: Dataset) -> None:
+def test_a_row_is_exact_when_it_is_right_in_every_label(trained: Config, dataset: Dataset) -> None:
     rows = Stream(dataset, 0).rows(np.arange(20))
     checkpoint = read(trained.run_folder / "checkpoints" / "step_00000040")
     model = Solver(checkpoint, EvaluationConfig(), CPU).model
@@ -197,9 +197,9 @@ def test_exact_accuracy_counts_rows_right_in_every_label(trained: Config, datase
     said, _, _ = predict(model, inputs, puzzle_rows, EvaluationConfig())
     labels = said.copy()
     model.train()
-    assert exact_accuracy(model, {**rows, "labels": labels}, batch_size=7) == 1
+    assert exact(said_to(model, rows, batch_size=7), labels).mean() == 1
     labels[:5, 0] = 0  # a position that is not scored
-    assert exact_accuracy(model, {**rows, "labels": labels}, batch_size=7) == 1
+    assert exact(said_to(model, rows, batch_size=7), labels).mean() == 1
     labels[3:7, 4] = labels[3:7, 4] % 11 + 1
-    assert exact_accuracy(model, {**rows, "labels": labels}, batch_size=7) == pytest.approx(0.8)
+    assert exact(said_to(model, rows, batch_size=7), labels).mean() == pytest.approx(0.8)
     assert model.training, "it must leave the mode as it was"

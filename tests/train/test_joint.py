@@ -24,7 +24,8 @@ from hybrid.solver import read_out
 from hybrid.train import Joint, Result, estimate, joint
 from hybrid.train.feed import Feed
 from hybrid.train.joint import latent_variance
-from hybrid.train.loop import train, training_stream
+from hybrid.train.loop import train
+from hybrid.train.plan import training_stream
 from hybrid.train.step import Sums
 from hybrid.trm import IGNORE, Batch
 

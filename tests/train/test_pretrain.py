@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import time
@@ -9,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import config_of, metrics
+from PIL import Image
 from safetensors.torch import load_file
 
 from hybrid.checkpoint import read
@@ -19,7 +22,7 @@ from hybrid.config import Config
 from hybrid.dataset import Dataset, Stream, prepare
 from hybrid.dataset.stream import Rows
 from hybrid.errors import UserError
-from hybrid.train import Result, estimate, pretrain, total_steps
+from hybrid.train import Pretraining, Result, estimate, total_steps
 from hybrid.train.progress import _last
 from hybrid.train.saving import trained_on
 from hybrid.trm import TRM
@@ -88,11 +91,11 @@ def test_probes_see_the_averaged_weights_and_training_does_not(
 ) -> None:
     seen: list[dict[str, torch.Tensor]] = []
 
-    def look(model: TRM, rows: Rows, batch_size: int) -> float:
+    def look(model: TRM, rows: Rows, batch_size: int) -> np.ndarray[Any, Any]:
         seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
-        return 0.0
+        return np.asarray(rows["inputs"], np.uint8)
 
-    monkeypatch.setitem(pretrain.__globals__, "exact_accuracy", look)
+    monkeypatch.setitem(Pretraining.probe.__globals__, "said_to", look)
     folder = train(going_on("a", training={"steps": 3})).checkpoint
     average, last = (load_file(folder / f"{name}.safetensors") for name in ("average", "model"))
     assert len(seen) == 1
@@ -168,6 +171,14 @@ def test_wandb_is_offline_by_itself_and_off_when_disabled(
         while parts and time.monotonic() < deadline:
             parts -= {part for part in parts if part in file.read_bytes()}
         assert not parts, f"{file.name} does not hold {parts}"
+        [table] = file.parent.glob("files/media/table/training pairs_*.json")
+        assert len(json.loads(table.read_text())["data"]) == 4, "as many as were probed"
+        staged = [path.read_bytes() for path in tmp_path.glob(".local/share/wandb/**/tmp*")]
+        pictures = [data for data in staged if data.startswith(b"\x89PNG")]
+        assert len(pictures) >= 8, "inputs and answers differ"
+        for data in pictures:
+            with Image.open(io.BytesIO(data)) as image:
+                assert image.width % 12 == image.height % 12 == 0
 
 
 @pytest.mark.slow

@@ -1,0 +1,116 @@
+"""What is measured while a run trains, and where it is written."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hybrid.config import Config
+from hybrid.context import RunContext
+from hybrid.dataset import Stream
+from hybrid.evaluate import Validation, exact
+from hybrid.train.learner import Learner
+from hybrid.train.runlog import RunLog, read_metrics
+from hybrid.train.step import Sums
+
+
+class Meter:
+    """Sums metrics over steps and workers, writes them every `logging.every` steps and to save."""
+
+    def __init__(
+        self, learner: Learner, stream: Stream, config: Config, context: RunContext, run: RunLog
+    ) -> None:
+        self.learner, self.state = learner, learner.state
+        self.stream, self.config, self.context, self.run = stream, config, context, run
+        self.latest: dict[str, Any] = {}
+        self._restart()
+
+    def _restart(self) -> None:
+        self.sums: Sums = {}
+        self.steps = 0
+        self.since = time.perf_counter()
+
+    def add(self, sums: Sums, saving: bool) -> None:
+        """Count one step; on every worker alike, for writing sums over them."""
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0) + value.double()
+        self.steps += 1
+        if saving or self.state.step % self.config.logging.every == 0:
+            self._write()
+
+    def _write(self) -> None:
+        names = sorted(self.sums)
+        packed = torch.stack([self.sums[name] for name in names])
+        taken = self.state.taken.sum().to(packed)
+        *values, rows = self.context.sum_(torch.cat((packed, taken[None]))).tolist()
+        sums = dict(zip(names, values, strict=True))
+        seconds = time.perf_counter() - self.since
+        asked = self.steps * self.config.training.batch_size
+        ended = max(1.0, sums.pop("count"))
+        # The TRM is asked once a step, the hybrid at every attempt.
+        asked_of = sums.pop("asked", asked)
+        losses = {name: sums.pop(name) / asked_of for name in ("lm_loss", "q_halt_loss")}
+        if "compared" in sums:
+            compared = max(1.0, sums.pop("compared"))
+            losses["latent_variance"] = sums.pop("latent_variance") / compared
+        self.latest = {
+            "loss": losses["lm_loss"] + 0.5 * losses["q_halt_loss"],
+            **losses,
+            **{name: value / ended for name, value in sums.items()},
+            "epoch": rows / len(self.stream),
+            "samples_per_s": asked / seconds,
+            "seconds_per_step": seconds / self.steps,
+        }
+        self.run.write({"step": self.state.step, **self.latest})
+        if self.context.rank == 0:
+            self.context.gauge({"step": self.state.step, **self.latest})
+        self._restart()
+
+    def probe(self) -> None:
+        """Exact accuracy of the averaged weights on original training pairs, by rank 0."""
+        count = self.config.training.probe_pairs
+        if self.context.rank or not count:
+            return
+        started = time.perf_counter()
+        with self.state.average.applied():
+            rows = self.learner.probe(self.stream, count)
+        right = exact(rows["said"].astype(np.uint8), rows["labels"])
+        self.run.write(
+            {
+                "step": self.state.step,
+                "probe/exact_accuracy": float(right.mean()),
+                "probe/pairs": len(right),
+            }
+        )
+        self.run.show(self.state.step, rows, right)
+        self.since += time.perf_counter() - started  # not training
+
+    def validate(self, checkpoint: Path) -> None:
+        """Score a checkpoint on held-out tasks; of rank 0, the others wait."""
+        started = time.perf_counter()
+        metrics = self.learner.validate(checkpoint).metrics()
+        self.latest = {**self.latest, **metrics}
+        self.run.write({"step": self.state.step, **metrics})
+        self.context.gauge({"validation_right": metrics["validation/right"]})
+        self.since += time.perf_counter() - started  # not training
+
+
+def probed(run_folder: Path) -> dict[int, float]:
+    """Exact accuracy on training pairs by step, as metrics.jsonl has it."""
+    key = "probe/exact_accuracy"
+    metrics = read_metrics(run_folder / "metrics.jsonl")
+    return {m["step"]: m[key] for m in metrics if key in m}
+
+
+def validated(run_folder: Path) -> dict[int, Validation]:
+    """Validations by step, as metrics.jsonl has them."""
+    names = ("right", "asked", "cells")
+    return {
+        m["step"]: Validation(**{name: m[f"validation/{name}"] for name in names})
+        for m in read_metrics(run_folder / "metrics.jsonl")
+        if "validation/asked" in m
+    }
