@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -41,6 +42,7 @@ def main(usage: str | None, run: Callable[[Config], Any], trains: str = "trm") -
         # Intermixed: overrides may stand on both sides of --dry-run.
         arguments = parser.parse_intermixed_args()
         config = configs.load(arguments.config, arguments.overrides)
+        _refuse_what_would_be_lost(config)
         if arguments.dry_run:
             print(configs.dump(config))
             print(estimate(config, trains))
@@ -54,6 +56,16 @@ def main(usage: str | None, run: Callable[[Config], Any], trains: str = "trm") -
         print(f"stopped: {stopped or again}", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)
+
+
+def _refuse_what_would_be_lost(config: Config) -> None:
+    """UserError if a submitted job would write into the folder that Ray has unpacked it in."""
+    here = f"{os.getcwd()}/"
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and config.paths.root.startswith(here):
+        raise UserError(
+            f"paths.root={config.paths.root.removeprefix(here)}: in a submitted job this is a"
+            " folder of Ray's that goes with the job; give an absolute path or a URI"
+        )
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
