@@ -213,14 +213,13 @@ def _run(config: Config, search: _Random | _Optuna, at_once: int, say: Say) -> N
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
     for name in ("ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    steps = total_steps(config, len(training_stream(config, Dataset.open(config.data_folder))))
+    rows = len(training_stream(config, Dataset.open(config.data_folder)))
     scheduler = FIFOScheduler()
     if config.sweep.scheduler == "asha":
-        first = min(config.sweep.first_rung or config.training.save_every, steps)
         scheduler = ASHAScheduler(
             time_attr="step",
-            max_t=steps,
-            grace_period=first,
+            max_t=10**9,  # a trial ends by itself
+            grace_period=config.sweep.first_rung or config.training.save_every,
             reduction_factor=config.sweep.reduction,
         )
     storage.remove(config.runs_folder.parent / TUNE_FOLDER)
@@ -241,7 +240,7 @@ def _run(config: Config, search: _Random | _Optuna, at_once: int, say: Say) -> N
             name=TUNE_FOLDER,
             storage_path=name,
             storage_filesystem=store,
-            callbacks=[_Notes(config, steps, search.count, say)],
+            callbacks=[_Notes(config, rows, search.count, say)],
             verbose=0,
         ),
     ).fit()
@@ -300,8 +299,8 @@ def _config_of(config: Config, values: Values) -> Config:
 class _Notes(tune.Callback):  # type: ignore[misc]
     """In the sweep's own process: writes down how trials end, and says how they go."""
 
-    def __init__(self, config: Config, steps: int, count: int, say: Say) -> None:
-        self.config, self.steps, self.count, self.say = config, steps, count, say
+    def __init__(self, config: Config, rows: int, count: int, say: Say) -> None:
+        self.config, self.rows, self.count, self.say = config, rows, count, say
         self.said: dict[str, int] = {}
 
     def on_trial_result(
@@ -315,7 +314,7 @@ class _Notes(tune.Callback):  # type: ignore[misc]
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         known = self._known(trial)
         if known and known.status == "unfinished":
-            done = known.step >= self.steps
+            done = known.step == total_steps(_config_of(self.config, known.values), self.rows)
             self._end(trial, known, "done" if done else "stopped early")
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:

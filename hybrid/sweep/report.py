@@ -59,9 +59,9 @@ def _panel(axis: Axis, trials: Sequence[Trial]) -> str:
         low, high = (scale(value) for value in axis.values)
         ticks = [((scale(v) - low) / (high - low), _number(v)) for v in axis.values]
         across = [(scale(trial.values[axis.key]) - low) / (high - low) for trial in scored]
-    top = max((_share(trial) for trial in scored), default=0) or 1.0
+    top = max((t.last.rate.high for t in scored if t.last), default=1.0)
     dots = [
-        _dot(_x(x), _y(_share(trial) / top), trial, best=trial is scored[0])
+        _dot(_x(x), top, trial, best=trial is scored[0])
         for x, trial in reversed(list(zip(across, scored, strict=True)))
     ]
     marks = [
@@ -106,9 +106,15 @@ def _frame(top: float) -> str:
     )
 
 
-def _dot(x: float, y: float, trial: Trial, *, best: bool) -> str:
-    kind = "dot best" if best else "dot"
-    return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="5">{_title(trial)}</circle>'
+def _dot(x: float, top: float, trial: Trial, *, best: bool) -> str:
+    """A trial's objective, and the interval of what it got right."""
+    assert trial.last is not None
+    low, high = (_y(share / top) for share in (trial.last.rate.low, trial.last.rate.high))
+    y, kind = _y(trial.last.objective / top), "dot best" if best else "dot"
+    return (
+        f'<path class="interval" d="M{x:.1f},{low:.1f} V{high:.1f}"/>'
+        f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="5">{_title(trial)}</circle>'
+    )
 
 
 def _title(trial: Trial) -> str:
@@ -133,11 +139,6 @@ def _table(trials: Sequence[Trial], axes: Sequence[Axis]) -> str:
         )
         rows.append(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
     return "\n".join(rows)
-
-
-def _share(trial: Trial) -> float:
-    assert trial.last is not None
-    return trial.last.objective
 
 
 def _x(share: float) -> float:
