@@ -52,8 +52,7 @@ def main(usage: str | None, run: Callable[[Config], Any], trains: str = "trm") -
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (Stopped, KeyboardInterrupt) as stopped:
-        again = "the same command goes on from here"
-        print(f"stopped: {stopped or again}", file=sys.stderr)
+        print(f"stopped: {str(stopped) or 'the same command goes on'}", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)
 

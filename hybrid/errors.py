@@ -17,8 +17,11 @@ class UserError(Exception):
         super().__init__(" ".join(message.splitlines()))
 
 
-class Stopped(Exception):
-    """A job was asked to end and has: nothing is lost, the same command goes on. Exit code 1."""
+class Stopped(BaseException):
+    """A job was asked to end and has: nothing is lost, the same command goes on. Exit code 1.
+
+    Like KeyboardInterrupt it is nothing that a library should take for an error of its own.
+    """
 
 
 def make_folder(path: Path) -> None:

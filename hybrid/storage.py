@@ -120,12 +120,17 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
-def check(place: str) -> None:
-    """UserError where a URI names no store that can be reached."""
-    if is_uri(place):
-        store, name = _open(place)
-        with _told(folder(place)):
-            store.get_file_info(fs.FileSelector(name, allow_not_found=True))
+def read(path: Path) -> bytes | None:
+    """What a file holds in the store, its copy left alone; None where there is none."""
+    found = _home(path)
+    if not found:
+        return path.read_bytes() if path.is_file() else None
+    store, name = found
+    with _told(path):
+        if store.get_file_info(name).type != fs.FileType.File:
+            return None
+        with store.open_input_stream(name) as stream:
+            return bytes(stream.read())
 
 
 def filesystem(path: Path) -> tuple[fs.FileSystem | None, str]:

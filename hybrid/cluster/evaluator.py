@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import ObjectLostError, RayActorError
 
 from hybrid import storage
 from hybrid.checkpoint import read
@@ -120,7 +120,7 @@ class _Pool:
             number = next(number for number, mine in self.held.items() if ref in mine)
         try:
             prediction = ray.get(ref)
-        except RayActorError as error:
+        except (RayActorError, ObjectLostError) as error:
             waiting.extendleft(self.held[number].values())
             self.held[number].clear()
             self.starting.pop(ref, None)
@@ -133,8 +133,8 @@ class _Pool:
                 del self.held[number][ref]
                 yield prediction
 
-    def _replace(self, number: int, error: RayActorError) -> None:
-        if not error.preempted:  # a node that was taken away is nobody's fault
+    def _replace(self, number: int, error: RayActorError | ObjectLostError) -> None:
+        if not getattr(error, "preempted", False):  # a node that was taken away is nobody's fault
             if self.replacements == 0:
                 raise error
             self.replacements -= 1

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import ray
+from ray.exceptions import NodeDiedError, TaskUnschedulableError, WorkerCrashedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hybrid import storage
 from hybrid.config import Config
-from hybrid.errors import UserError, make_folder
+from hybrid.errors import Stopped, UserError, make_folder
 
 LOCAL = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -27,6 +30,7 @@ LOCAL = {
 EVERYWHERE = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # workers' prints would come out twice
 }
+CONNECT_S = 10.0
 PACKAGE = Path(__file__).parents[1]
 
 
@@ -48,6 +52,11 @@ def cluster(config: Config, *, workers: int | None = None, spare_cpus: int = 0) 
         check_fits(config, workers or config.cluster.num_workers, spare_cpus)
         _check_shared(config)
         yield
+    except SystemError as error:
+        # What a signal's handler raises while Ray's library waits comes out of it like this.
+        if isinstance(error.__cause__, Stopped):
+            raise error.__cause__ from None
+        raise
     finally:
         if ours:
             ray.shutdown()
@@ -57,6 +66,8 @@ def start_local(num_cpus: int | None = None) -> None:
     """A cluster of this machine alone, which nobody else can reach."""
     for name, value in (LOCAL | EVERYWHERE).items():
         os.environ.setdefault(name, value)
+    # Ray has read this one when it was imported; the processes it starts read it again.
+    ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
     # Workers' own logs are in the run folder; what they raise comes back here.
     ray.init(
         address="local",
@@ -89,6 +100,8 @@ def _join(address: str) -> None:
             f"RAY_ADDRESS={address}: give host:port of the head node, or submit the job:"
             " ray job submit --working-dir . -- python ..."
         )
+    if address != "auto":
+        _check_there(address)
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     try:
         ray.init(
@@ -97,7 +110,16 @@ def _join(address: str) -> None:
             logging_level="WARNING",
             runtime_env=None if in_job else {"py_modules": [str(PACKAGE)]},
         )
-    except ConnectionError as error:
+    except (ConnectionError, ValueError) as error:
+        raise UserError(f"RAY_ADDRESS={address}: no cluster there ({error})") from None
+
+
+def _check_there(address: str) -> None:
+    """UserError, in seconds, if nobody listens: Ray would go on trying for many minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+    except (OSError, ValueError) as error:
         raise UserError(f"RAY_ADDRESS={address}: no cluster there ({error})") from None
 
 
@@ -140,7 +162,7 @@ def _check_shared(config: Config) -> None:
             ).remote(root, mark.name)
             for node in others
         }
-        blind = [node for node, sees in asked.items() if not ray.get(sees)]
+        blind = [node for node, sees in asked.items() if _get(sees) is False]
     finally:
         storage.remove(mark)
     if blind:
@@ -148,6 +170,14 @@ def _check_shared(config: Config) -> None:
             f"paths.root={root}: {len(blind)} of the cluster's {len(others) + 1} nodes do not see"
             " it; name a folder that all of them share, or a URI (s3://, gs://)"
         )
+
+
+def _get(ref: Any) -> Any:
+    """The result, or None if its node is gone: Ray notices that only after a while."""
+    try:
+        return ray.get(ref)
+    except (TaskUnschedulableError, NodeDiedError, WorkerCrashedError):
+        return None
 
 
 def _sees(root: str, name: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -46,6 +47,10 @@ from hybrid.train import Joint, check, initial_checkpoint, joint, total_steps
 from hybrid.train.plan import training_stream
 
 OBJECTIVE = "validation/objective"
+PROPOSALS = 200
+"""After so many that were known already, there are no others."""
+SWEEP = "sweep.json"
+"""In the run folder: the config that its trials vary."""
 TUNE_FOLDER = "tune"
 """Ray Tune's own bookkeeping, inside the run folder."""
 
@@ -60,8 +65,10 @@ def sweep(config: Config, say: Say = print) -> tuple[list[Trial], tuple[Axis, ..
     sweep.parquet, report.html and best.yaml into the run folder; a trial that fails is listed.
     """
     axes = parse_space(config)
+    _refuse_changes(config)
     base = _prepared(config, say)
     check(base, Joint.kind, Joint.sections)
+    _note(config)
     search = _Random(base, axes) if base.sweep.search == "random" else _Optuna(base, axes)
     with cluster(base, workers=_workers(base), spare_cpus=_spare(base)):
         at_once = _at_once(base)
@@ -82,7 +89,6 @@ def sweep(config: Config, say: Say = print) -> tuple[list[Trial], tuple[Axis, ..
 def _prepared(config: Config, say: Say) -> Config:
     """The experiment that trials vary: on data of its own, with a start that stays where it is."""
     run_folder = storage.place(config.run_folder)
-    _refuse_changes(config)
     data = replace(config.data, evaluation=(), hold_out_tasks=config.sweep.hold_out_tasks)
     paths = replace(
         config.paths,
@@ -97,27 +103,32 @@ def _prepared(config: Config, say: Say) -> Config:
 
 
 def _refuse_changes(config: Config) -> None:
-    """UserError if the run folder holds another sweep; else note this one there."""
-    path = config.run_folder / "sweep.json"
-    now = json.loads(json.dumps(to_dict(config)))
+    """UserError if the run folder holds another sweep."""
+    path = config.run_folder / SWEEP
     storage.obtain(path)
-    if path.exists():
-        try:
-            before = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{storage.place(path)}: cannot be read ({error})") from error
-        sections = [name for name in now if name not in ("cluster", "paths", "logging")]
-        may = ("sweep.samples:", "sweep.max_concurrent:")  # more of the same, or faster
-        changed = [c for c in differences(before, now, sections) if not c.startswith(may)]
-        if changed:
-            raise UserError(
-                f"{storage.place(path.parent)}: holds another sweep ({'; '.join(changed)}); give"
-                " this one another logging.run"
-            )
+    if not path.exists():
         return
+    try:
+        before = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{storage.place(path)}: cannot be read ({error})") from error
+    now = json.loads(json.dumps(to_dict(config)))
+    sections = [name for name in now if name not in ("cluster", "paths", "logging")]
+    may = ("sweep.samples:", "sweep.max_concurrent:")  # more of the same, or faster
+    changed = [c for c in differences(before, now, sections) if not c.startswith(may)]
+    if changed:
+        raise UserError(
+            f"{storage.place(path.parent)}: holds another sweep ({'; '.join(changed)}); give"
+            " this one another logging.run"
+        )
+
+
+def _note(config: Config) -> None:
+    """Write down which sweep the run folder holds."""
+    path = config.run_folder / SWEEP
     make_folder(path.parent)
     partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(json.dumps(now))
+    partial.write_text(json.dumps(to_dict(config)))
     os.replace(partial, path)
     storage.publish(path)
 
@@ -169,32 +180,67 @@ class _Optuna:
     """Trials chosen as they go, by what is known of those that have ended."""
 
     def __init__(self, config: Config, axes: Sequence[Axis]) -> None:
-        try:
-            import optuna  # noqa: F401
-            from ray.tune.search.optuna import OptunaSearch
-        except ImportError:
-            raise UserError(
-                'sweep.search=optuna: not installed; pip install "arc-hybrid[optuna]"'
-            ) from None
-        logging.getLogger("optuna").setLevel(logging.ERROR)
         known = _known(config)
         ended = [trial for trial in known if trial.status != "unfinished"]
         self.count = config.sweep.samples
+        sizes = [_size(axis) for axis in axes]
+        if all(sizes):  # no more trials than there are different ones
+            self.count = min(self.count, math.prod(sizes))
         self.samples = max(0, self.count - len(ended))
         self.open = self.samples > 0
         self.said = f"{self.count} trials, {len(ended)} of them done"
         self.space: dict[str, Any] = {}  # the searcher has it
         going = [dict(trial.values) for trial in known if trial.status == "unfinished"]
-        self.searcher = OptunaSearch(
-            OptunaSearch.convert_search_space({axis.key: _domain(axis) for axis in axes}),
-            metric=OBJECTIVE,
-            mode="max",
-            seed=config.sweep.seed + len(ended),  # the same again would propose the same again
-            points_to_evaluate=going or None,
+        # With the same seed it would propose the same again.
+        self.searcher = _optuna_search(
+            axes, config.sweep.seed + len(ended), going, {trial.name for trial in ended}
         )
         for trial in ended:
             if trial.last:
                 self.searcher.add_evaluated_point(dict(trial.values), trial.last.objective)
+
+
+def _optuna_search(
+    axes: Sequence[Axis], seed: int, going: list[dict[str, Any]], known: set[str]
+) -> Any:
+    """Optuna behind Tune; no values are proposed twice, they would end in the same weights.
+
+    `going`: values of trials that had begun, which come first. `known`: names of those that ended.
+    """
+    try:
+        from optuna.trial import TrialState
+        from ray.tune.search.optuna import OptunaSearch
+    except ImportError:
+        raise UserError(
+            'sweep.search=optuna: not installed; pip install "arc-hybrid[optuna]"'
+        ) from None
+    logging.getLogger("optuna").setLevel(logging.ERROR)
+    given = set(known)
+
+    class Search(OptunaSearch):  # type: ignore[misc]
+        def suggest(self, trial_id: str) -> Any:
+            for _ in range(PROPOSALS):
+                values = super().suggest(trial_id)
+                if trial_name(values) not in given:
+                    given.add(trial_name(values))
+                    return values
+                self._ot_study.tell(self._ot_trials.pop(trial_id), state=TrialState.FAIL)
+            return self.FINISHED
+
+    return Search(
+        OptunaSearch.convert_search_space({axis.key: _domain(axis) for axis in axes}),
+        metric=OBJECTIVE,
+        mode="max",
+        seed=seed,
+        points_to_evaluate=going or None,
+    )
+
+
+def _size(axis: Axis) -> int:
+    """How many values it has; 0 for too many to count."""
+    if axis.kind == "int":
+        return int(axis.values[1] - axis.values[0] + 1)
+    return len(axis.values) if axis.kind == "choice" else 0
 
 
 def _domain(axis: Axis) -> Any:
@@ -267,12 +313,17 @@ def _train_trial(settings: dict[str, Any], base: dict[str, Any]) -> None:
             return
     else:
         note_trial(config.run_folder, values, "unfinished", 0)
-    check(config, Joint.kind, Joint.sections)
-    if config.cluster.num_workers:
-        result = run(trainer(config, Joint.kind, [TuneReportCallback()]), config)
-    else:
-        share_cores(1)
-        result = joint(config, _TrialContext(compute_device(config.cluster.use_gpu)))
+    try:
+        check(config, Joint.kind, Joint.sections)
+        if config.cluster.num_workers:
+            result = run(trainer(config, Joint.kind, [TuneReportCallback()]), config)
+        else:
+            share_cores(1)
+            result = joint(config, _TrialContext(compute_device(config.cluster.use_gpu)))
+    except Exception as error:
+        seconds = before.seconds if before else 0
+        note_trial(config.run_folder, values, "failed", seconds, _reason(error))
+        raise
     # Said once more: what a worker says last, Ray Train may lose with the worker.
     assert result.validation is not None
     _report(result.step, result.validation)
@@ -318,7 +369,9 @@ class _Notes(tune.Callback):  # type: ignore[misc]
             self._end(trial, known, "done" if done else "stopped early")
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        self._end(trial, self._known(trial), "failed", _cause(trial))
+        known = self._known(trial)
+        reason = known.error if known else ""
+        self._end(trial, known, "failed", reason or "its process died")
 
     def _end(self, trial: Any, known: Trial | None, status: Any, error: str = "") -> None:
         values = trial.config.get("values", trial.config)
@@ -338,9 +391,13 @@ class _Notes(tune.Callback):  # type: ignore[misc]
         return read_trial(self._folder(trial))
 
 
-def _cause(trial: Any) -> str:
-    """What a trial died of, in one line."""
-    error = trial.get_pickled_error() or trial.get_error()
-    cause = getattr(error, "cause", None) or error
-    lines = str(cause).strip().splitlines() or [type(cause).__name__]
-    return lines[-1] if isinstance(cause, UserError) else f"{type(cause).__name__}: {lines[-1]}"
+def _reason(error: BaseException) -> str:
+    """What a trial failed of, in one line: the last words of the innermost cause."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for inner in (*failures.values(), error.__cause__):
+        if isinstance(inner, BaseException):
+            return _reason(inner)
+    if isinstance(error, UserError):
+        return str(error)
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1] if lines else 'no reason given'}"

@@ -20,7 +20,7 @@ from hybrid.config import Config, to_dict
 from hybrid.errors import UserError, make_folder
 from hybrid.evaluate import Validation
 from hybrid.sweep.space import Axis, trial_config
-from hybrid.train import validated
+from hybrid.train import parse_metrics, validated
 
 Status = Literal["done", "stopped early", "failed", "unfinished"]
 NOTE = "trial.json"
@@ -52,18 +52,16 @@ class Trial:
 
 def read_trial(run_folder: Path) -> Trial | None:
     """A trial by what its run has left behind; None where it has not begun."""
-    for name in (NOTE, "metrics.jsonl"):
-        storage.obtain(run_folder / name)
     try:
-        note = json.loads((run_folder / NOTE).read_text())
-    except FileNotFoundError:
-        return None
+        data = storage.read(run_folder / NOTE)
+        if data is None:
+            return None
+        note = json.loads(data)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{storage.place(run_folder / NOTE)}: cannot be read ({error}); delete its folder"
         ) from error
-    there = (run_folder / "metrics.jsonl").exists()
-    curve = validated(run_folder) if there else {}
+    curve = validated(parse_metrics(storage.read(run_folder / "metrics.jsonl") or b""))
     return Trial(name=run_folder.name, curve=curve, **note)
 
 
@@ -171,6 +169,7 @@ def best_yaml(config: Config, trials: Sequence[Trial]) -> str:
     raw = to_dict(config)
     del raw["sweep"]
     values = ", ".join(f"{key}={_short(value)}" for key, value in best.values.items())
+    values = " ".join(values.splitlines())
     said = (
         f"# The best of {len(scored)} trials, {best.name}: {values}\n"
         f"# Held-out training tasks right at step {best.step}: {best.last.rate}\n"
@@ -182,7 +181,7 @@ def _column(values: list[Any]) -> pa.Array:
     """One type a column; values of several kinds (`choice: [auto, 3]`) become text."""
     try:
         return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
         return pa.array([None if value is None else str(value) for value in values])
 
 

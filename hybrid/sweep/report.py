@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from html import escape
 from importlib import resources
@@ -29,10 +30,10 @@ def write_report(path: Path, title: str, trials: Sequence[Trial], axes: Sequence
         "curves": _curves(order),
         "table": _table(order, axes),
     }
-    for name, text in parts.items():
-        template = template.replace("{{" + name + "}}", text)
+    # In one pass: what is filled in may look like a place to fill.
+    page = re.sub(r"{{(\w+)}}", lambda place: parts[place[1]], template)
     partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(template, encoding="utf-8")
+    partial.write_text(page, encoding="utf-8")
     os.replace(partial, path)
     storage.publish(path)
 

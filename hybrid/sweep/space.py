@@ -21,7 +21,10 @@ import numpy as np
 
 from hybrid.config import Config, from_dict, to_dict
 from hybrid.errors import UserError
+from hybrid.train import check_feedback
 
+LARGEST = 2**53
+"""Beyond it not every whole number is a number."""
 LISTS = ("grid", "choice")
 RANGES = ("uniform", "loguniform", "int")
 FIXED = {
@@ -31,8 +34,9 @@ FIXED = {
     "cluster": "all trials have the same resources",
     "logging": "trials are named by the sweep",
     "sweep": "a sweep of sweeps is not to be had",
+    "trm.init_from": "all trials start from the same",
 }
-"""Sections that are not for sweeping, and why."""
+"""What is not for sweeping, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +59,24 @@ def parse_space(config: Config) -> tuple[Axis, ...]:
         grids = [axis.key for axis in axes if axis.kind == "grid"]
         problems += [f"sweep.space.{key}: optuna searches no grid, use choice" for key in grids]
     for axis in axes:
-        for value in axis.values:
+        for value in _samples(axis):
             try:
-                trial_config(config, {axis.key: value})
+                check_feedback(trial_config(config, {axis.key: value}))
             except UserError as error:
                 problems.append(f"sweep.space.{axis.key}: {error}")
+                if "unknown" in str(error):
+                    break  # whatever its value
     if problems:
         raise UserError("; ".join(dict.fromkeys(problems)))
     return tuple(axes)
+
+
+def _samples(axis: Axis) -> tuple[Any, ...]:
+    """Values that a trial could have: of a range its ends and one between."""
+    if axis.kind not in ("uniform", "loguniform"):
+        return axis.values
+    low, high = axis.values
+    return low, low + 0.618 * (high - low), high
 
 
 def _axis(key: Any, given: Any, problems: list[str]) -> Axis | None:
@@ -70,8 +84,9 @@ def _axis(key: Any, given: Any, problems: list[str]) -> Axis | None:
     section, dot, name = str(key).partition(".")
     if not (dot and section and name):
         problems.append(f"{where}: not a section.key")
-    elif section in FIXED:
-        problems.append(f"{where}: {section} cannot be swept over, {FIXED[section]}")
+    elif section in FIXED or key in FIXED:
+        what = section if section in FIXED else key
+        problems.append(f"{where}: {what} cannot be swept over, {FIXED[what]}")
     elif not isinstance(given, Mapping) or len(given) != 1:
         problems.append(f"{where}: must be one of {', '.join(LISTS + RANGES)} with its values")
     else:
@@ -96,8 +111,10 @@ def _wrong(kind: Any, values: Any) -> str | None:
     if not numbers or len(values) != 2 or not values[0] < values[1]:
         what = "whole numbers" if kind == "int" else "numbers"
         return f"{kind} must be two {what}, the smaller one first, got {values}"
-    if not all(map(math.isfinite, values)) or (kind == "loguniform" and values[0] <= 0):
-        return f"{kind} must be finite{' and above 0' if kind == 'loguniform' else ''}: {values}"
+    if kind == "loguniform" and values[0] <= 0:
+        return f"{kind} must be finite and above 0: {values}"
+    if not all(abs(value) < LARGEST for value in values):
+        return f"{kind} must be finite, and below 2**53: {values}"
     return None
 
 

@@ -4,8 +4,9 @@ from hybrid.train.estimate import estimate
 from hybrid.train.joint import Joint, joint
 from hybrid.train.loop import Result
 from hybrid.train.meter import validated
-from hybrid.train.plan import check, total_steps
+from hybrid.train.plan import check, check_feedback, total_steps
 from hybrid.train.pretrain import Pretraining, pretrain
+from hybrid.train.runlog import parse_metrics
 from hybrid.train.state import TrainState, initial_checkpoint
 from hybrid.train.step import Diverged
 
@@ -16,9 +17,11 @@ __all__ = [
     "Result",
     "TrainState",
     "check",
+    "check_feedback",
     "estimate",
     "initial_checkpoint",
     "joint",
+    "parse_metrics",
     "pretrain",
     "total_steps",
     "validated",

@@ -20,7 +20,7 @@ from hybrid.errors import UserError
 from hybrid.evaluate import Validation
 from hybrid.train.feed import Feed
 from hybrid.train.learner import Learner, MakeLearner
-from hybrid.train.meter import Meter, probed, validated
+from hybrid.train.meter import Meter, probed
 from hybrid.train.plan import (
     refuse_another_reader,
     refuse_changes,
@@ -86,7 +86,7 @@ def train(config: Config, context: RunContext, make: MakeLearner) -> Result:
         meter = Meter(learner, stream, config, context, run)
         if state.step == 0:
             meter.probe()
-        elif validating and regular(state.step) and state.step not in validated(config.run_folder):
+        elif validating and regular(state.step) and state.step not in meter.validated():
             meter.validate(step_folder(folder, state.step))  # killed in the middle of it
         while state.step < total and asked is not Signal.STOP:
             sums = _step(learner, feed, total, folder)
@@ -107,7 +107,7 @@ def train(config: Config, context: RunContext, make: MakeLearner) -> Result:
                     {"step": state.step, **meter.latest}, step_folder(folder, state.step)
                 )
     probes = probed(config.run_folder) if context.rank == 0 else {}
-    validations = validated(config.run_folder) if context.rank == 0 else {}
+    validations = meter.validated() if context.rank == 0 else {}
     return Result(
         step=state.step,
         checkpoint=step_folder(folder, state.step),

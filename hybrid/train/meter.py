@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,10 @@ class Meter:
         self.run.show(self.state.step, rows, right)
         self.since += time.perf_counter() - started  # not training
 
+    def validated(self) -> dict[int, Validation]:
+        """The run's validations so far, by step."""
+        return validated(read_metrics(self.config.run_folder / "metrics.jsonl"))
+
     def validate(self, checkpoint: Path) -> None:
         """Score a checkpoint on held-out tasks; of rank 0, the others wait."""
         started = time.perf_counter()
@@ -106,11 +111,11 @@ def probed(run_folder: Path) -> dict[int, float]:
     return {m["step"]: m[key] for m in metrics if key in m}
 
 
-def validated(run_folder: Path) -> dict[int, Validation]:
-    """Validations by step, as metrics.jsonl has them."""
+def validated(metrics: Sequence[Mapping[str, Any]]) -> dict[int, Validation]:
+    """Validations by step, from the lines of a metrics.jsonl."""
     names = ("right", "asked", "cells")
     return {
         m["step"]: Validation(**{name: m[f"validation/{name}"] for name in names})
-        for m in read_metrics(run_folder / "metrics.jsonl")
+        for m in metrics
         if "validation/asked" in m
     }

@@ -43,11 +43,8 @@ def check(config: Config, kind: str, sections: tuple[str, ...]) -> None:
     """UserError for whatever a worker would refuse, before anything is started or written."""
     dataset = Dataset.open(config.data_folder)
     total_steps(config, len(training_stream(config, dataset)))
-    if kind == "hybrid" and config.feedback.source in ("vote", "demos"):
-        raise UserError(
-            f"feedback.source={config.feedback.source} is for evaluation: a training row has no"
-            " other views and no held-out demonstration; train with none, confidence or oracle"
-        )
+    if kind == "hybrid":
+        check_feedback(config)
     worker_slots(config.training.batch_size, 0, max(1, config.cluster.num_workers))
     resumed = newest(config.run_folder / CHECKPOINTS)
     if resumed:
@@ -59,6 +56,15 @@ def check(config: Config, kind: str, sections: tuple[str, ...]) -> None:
             _refuse_to_know(initial, dataset)
     if kind == "hybrid" and config.adapter.inject != "none":
         check_model(config.llama, config.models_folder)
+
+
+def check_feedback(config: Config) -> None:
+    """UserError for feedback that training rows cannot have."""
+    if config.feedback.source in ("vote", "demos"):
+        raise UserError(
+            f"feedback.source={config.feedback.source} is for evaluation: a training row has no"
+            " other views and no held-out demonstration; train with none, confidence or oracle"
+        )
 
 
 def refuse_changes(

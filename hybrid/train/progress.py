@@ -97,10 +97,12 @@ def _follow(path: Path, show: _Bar | _Lines, stop: threading.Event) -> None:
 def _last(path: Path) -> dict[str, Any] | None:
     """The newest whole line that has a loss in it."""
     try:
-        storage.obtain(path)
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 4096))
-            lines = file.read().split(b"\n")[:-1]
+        if storage.is_copy(path):  # whose writer may be in this very process
+            lines = (storage.read(path) or b"").split(b"\n")[:-1]
+        else:
+            with path.open("rb") as file:
+                file.seek(max(0, path.stat().st_size - 4096))
+                lines = file.read().split(b"\n")[:-1]
     except (OSError, UserError):
         return None
     for line in reversed(lines):

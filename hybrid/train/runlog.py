@@ -7,6 +7,7 @@ import logging
 import netrc
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,10 +19,14 @@ from hybrid import storage
 from hybrid.arc import Grid, tokens_to_grid
 from hybrid.config import Config, to_dict
 from hybrid.dataset.stream import Rows
-from hybrid.errors import make_folder
+from hybrid.errors import UserError, make_folder
 
 log = logging.getLogger(__name__)
 
+WANDB_WAITS_S = 20.0
+"""So long a run is held up by a W&B that does not answer."""
+WANDB_ENDS_S = 120.0
+"""And so long by what is still to be sent at its end."""
 PICTURES = 8
 CELL = 12
 COLOURS = "000000 0074d9 ff4136 2ecc40 ffdc00 aaaaaa f012be ff851b 7fdbff 870c25"
@@ -34,6 +39,15 @@ class RunLog:
     def __init__(self, config: Config, *, project: str, rank: int, resumed_at: int | None) -> None:
         folder = config.run_folder
         make_folder(folder)
+        try:
+            self._open(config, folder, project, rank, resumed_at)
+        except OSError as error:
+            raise UserError(f"{storage.place(folder)}: cannot be written to ({error})") from error
+
+    def _open(
+        self, config: Config, folder: Path, project: str, rank: int, resumed_at: int | None
+    ) -> None:
+        storage.obtain(folder / f"train_{rank}.log")
         self._files = [folder / f"train_{rank}.log"]
         self._handler = logging.FileHandler(folder / f"train_{rank}.log")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -60,9 +74,10 @@ class RunLog:
         trace: TracebackType | None,
     ) -> None:
         if error is not None:
-            log.error("stopped: %s: %s", type(error).__name__, error)
+            log.info("stopped: %s: %s", type(error).__name__, error)
         if self._metrics:
-            self._metrics.close()
+            with suppress(OSError):  # it has been said when the line was written
+                self._metrics.close()
         if self._wandb:
             self._wandb.finish(exit_code=int(error is not None))
         self._logger.removeHandler(self._handler)
@@ -113,8 +128,13 @@ def picture(grid: Grid) -> npt.NDArray[np.uint8]:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a metrics.jsonl."""
+    return parse_metrics(path.read_bytes())
+
+
+def parse_metrics(data: bytes) -> list[dict[str, Any]]:
+    """The whole lines among the bytes of a metrics.jsonl."""
     found = []
-    for line in path.read_text().splitlines():
+    for line in data.splitlines():
         try:
             metrics = json.loads(line)
         except ValueError:
@@ -129,6 +149,8 @@ def forget_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [json.dumps(m) + "\n" for m in read_metrics(path) if m["step"] <= step]
+    if "".join(kept) == path.read_text():
+        return
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))
     os.replace(temporary, path)
@@ -149,7 +171,9 @@ def _start_wandb(config: Config, project: str) -> Any:
             dir=str(config.run_folder),
             config=to_dict(config),
             mode=None if _has_key() or "WANDB_MODE" in os.environ else "offline",
-            settings=wandb.Settings(silent=True),
+            settings=wandb.Settings(
+                silent=True, init_timeout=WANDB_WAITS_S, finish_timeout=WANDB_ENDS_S
+            ),
         )
     except (wandb.Error, OSError) as error:
         log.warning("W&B could not start, going on without: %s", error)

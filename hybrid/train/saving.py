@@ -90,7 +90,7 @@ def _together(context: RunContext, work: Callable[[], None] | None) -> None:
     failed = torch.tensor([float(problem is not None)], device=context.device)
     # Read, because on a GPU the sum is only enqueued: the files must wait, not the stream.
     if context.sum_(failed).item():
-        log.error("checkpoint not written: %s", problem or "another worker failed")
+        log.info("checkpoint not written: %s", problem or "another worker failed")
         raise OSError(str(problem) if problem else "another worker failed, see its log")
 
 

@@ -5,6 +5,7 @@ Whoever sees the run folder can ask: a signal to the job's process does, and so 
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import threading
@@ -17,6 +18,9 @@ from typing import Any
 
 from hybrid import storage
 from hybrid.context import Signal
+from hybrid.errors import UserError
+
+log = logging.getLogger(__name__)
 
 STOP = "stop"
 LOOK_EVERY_S = 0.2
@@ -37,7 +41,11 @@ class StopFile:
         if now < self.next:
             return Signal.NONE
         self.next = now + self.every
-        return Signal.STOP if storage.exists(self.path) else Signal.NONE
+        try:
+            return Signal.STOP if storage.exists(self.path) else Signal.NONE
+        except UserError as error:  # a store that is away for a moment ends nothing
+            log.warning("%s", error)
+            return Signal.NONE
 
 
 @contextmanager

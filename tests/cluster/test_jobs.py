@@ -1,0 +1,243 @@
+"""Jobs as users start them: `ray job submit`, and plain clients with RAY_ADDRESS."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import assert_close, metrics, predictions
+
+from hybrid.checkpoint import newest, read
+from hybrid.cluster import evaluate, joint, pretrain
+from hybrid.config import Config, dump
+
+Experiment = Callable[..., Config]
+Done = Any
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+ROOT = Path(__file__).parents[2]
+LONG = {"steps": 20000, "save_every": 100000, "probe_pairs": 0}
+
+
+@pytest.fixture(scope="module")
+def head(start_cluster: Callable[..., Any]) -> Any:
+    return start_cluster(4)
+
+
+@pytest.fixture(scope="module")
+def client(head: Any) -> Iterator[Any]:
+    from ray.job_submission import JobSubmissionClient
+
+    yield JobSubmissionClient(head.dashboard)
+
+
+@pytest.fixture(scope="module")
+def submit(head: Any) -> Callable[..., Done]:
+    """submit(id, script, config, *overrides, wait=True): `ray job submit` to its end."""
+
+    def run(name: str, script: str, config: Config, *overrides: str, wait: bool = True) -> Done:
+        file = Path(head.folder) / f"{name}.yaml"
+        file.write_text(dump(config))
+        return head.run(
+            *("ray", "job", "submit", "--address", head.dashboard, "--working-dir", "."),
+            *("--runtime-env", "configs/cluster/runtime_env.yaml", "--submission-id", name),
+            *(() if wait else ("--no-wait",)),
+            *("--", "python", f"jobs/{script}", "--config", str(file), *overrides),
+        )
+
+    return run
+
+
+def said(client: Any, name: str) -> list[str]:
+    """What a job has printed; fails if it is not fit to read."""
+    text = client.get_job_logs(name)
+    assert "\x1b" not in text and "Traceback" not in text, text
+    lines = [line for line in text.splitlines() if line]
+    lines = [
+        line for line in lines if not re.match(r"\d{4}-\d\d-\d\d .*Runtime env|Running ", line)
+    ]
+    assert len(lines) == len(set(lines)), text
+    return lines
+
+
+def local(experiment: Experiment, run: str, **training: Any) -> Path:
+    return pretrain(experiment(run, training=training, cluster={"num_workers": 0})).checkpoint
+
+
+def test_a_submitted_job_trains_the_weights_of_a_local_run(
+    head: Any, client: Any, submit: Callable[..., Done], experiment: Experiment
+) -> None:
+    config = experiment("submitted")
+    done = submit("trains", "pretrain.py", config)
+    assert done.code == 0, done.out
+    lines = said(client, "trains")
+    folder = config.run_folder / "checkpoints/step_00000008"
+    assert lines[-1] == f"step 8: {folder}" and lines[-2].startswith("training pairs exactly")
+    assert len(lines) == 2
+    assert set(lines) <= set(done.out.splitlines())
+    assert_close(local(experiment, "alone"), folder, 0, 0)
+    sent_to = Path(head.folder) / "session_latest/runtime_resources/working_dir_files"
+    [sent] = [path for path in sent_to.glob("_ray_pkg_*") if path.is_dir()]
+    names = {path.name for path in sent.iterdir() if any(path.rglob("*"))}
+    assert {"hybrid", "jobs", "configs"} <= names
+    assert not names & {"tests", "docs", ".git", ".venv", ".hypothesis", ".mypy_cache"}
+    size = sum(path.stat().st_size for path in sent.rglob("*") if path.is_file())
+    print(f"{done.seconds:.1f} s, {size / 1e6:.2f} MB unpacked")
+    assert size < 3_000_000
+
+
+@pytest.mark.slow
+def test_wrong_input_fails_the_job_with_exit_code_2_and_one_line(
+    head: Any, client: Any, submit: Callable[..., Done], experiment: Experiment
+) -> None:
+    done = submit("wrong", "pretrain.py", experiment("wrong"), "training.batch_size=x")
+    assert done.code != 0
+    [line] = said(client, "wrong")
+    assert line.startswith("error: ") and "training.batch_size: input should be a valid" in line
+    info = client.get_job_info("wrong")
+    assert (info.status, info.driver_exit_code) == ("FAILED", 2)
+    status = head.run("ray", "job", "status", "--address", head.dashboard, "wrong")
+    assert "failed" in status.out + status.err
+
+
+@pytest.mark.slow
+def test_wrong_input_that_only_the_cluster_shows_is_one_line_too(
+    client: Any, submit: Callable[..., Done], experiment: Experiment
+) -> None:
+    config = experiment("large", cluster={"num_workers": 8, "cpus_per_worker": 1})
+    assert submit("large", "pretrain.py", config).code != 0
+    [line] = said(client, "large")
+    assert line.startswith("error: cluster.num_workers=8 of cpus_per_worker=1 need 8 CPUs")
+    assert client.get_job_info("large").driver_exit_code == 2
+    assert not config.run_folder.exists() or not any(config.run_folder.rglob("step_*"))
+
+
+@pytest.mark.slow
+def test_a_stopped_job_has_saved_its_last_step_and_is_resumed_by_the_same_command(
+    head: Any,
+    client: Any,
+    submit: Callable[..., Done],
+    experiment: Experiment,
+    until: Callable[..., None],
+) -> None:
+    config = experiment("stopped", training=LONG)
+    log = config.run_folder / "metrics.jsonl"
+    assert submit("stopped", "pretrain.py", config, wait=False).code == 0
+    until(lambda: log.exists() and len(log.read_text().splitlines()) > 20, 120, "steps")
+    done = head.run("ray", "job", "stop", "--address", head.dashboard, "stopped")
+    print(f"ray job stop took {done.seconds:.1f} s")
+    assert done.code == 0, done.out + done.err
+    info = client.get_job_info("stopped")
+    assert info.status == "STOPPED"
+    found = newest(config.run_folder / "checkpoints")
+    assert found is not None
+    step = found.state["step"]
+    assert step == metrics(config.run_folder)[-1]["step"]
+    assert 20 < step < LONG["steps"]
+    lines = said(client, "stopped")
+    assert any(line.startswith("SIGTERM: saving a checkpoint") for line in lines), lines
+    assert f"stopped: at step {step}: {found.folder}; the same command goes on" in lines[-1]
+
+    steps = f"training.steps={step + 7}"
+    assert submit("again", "pretrain.py", config, steps).code == 0
+    assert said(client, "again")[-1].startswith(f"step {step + 7}: ")
+    whole = experiment("whole", training=LONG)
+    head.here("pretrain.py", whole, steps)
+    ends = [c.run_folder / f"checkpoints/step_{step + 7:08d}" for c in (whole, config)]
+    assert_close(*ends, 0, 0)
+
+
+@pytest.mark.slow
+def test_a_plain_client_brings_its_own_package_and_trains_the_same_weights(
+    head: Any, experiment: Experiment, tmp_path: Path
+) -> None:
+    for name in ("hybrid", "jobs"):
+        shutil.copytree(ROOT / name, tmp_path / "mine" / name)
+    init = tmp_path / "mine/hybrid/__init__.py"
+    init.write_text(re.sub(r'__version__ = ".*"', '__version__ = "0.travelled"', init.read_text()))
+    config = experiment("client")
+    command = list(head.job("pretrain.py", config))
+    command[1] = str(tmp_path / "mine/jobs/pretrain.py")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    done = head.run(
+        *command, cwd=elsewhere, RAY_ADDRESS=head.address, PYTHONPATH=str(tmp_path / "mine")
+    )
+    assert done.code == 0, done.out + done.err
+    assert done.err == ""
+    folder = config.run_folder / "checkpoints/step_00000008"
+    assert json.loads((folder / "state.json").read_text())["versions"]["arc-hybrid"] == (
+        "0.travelled"
+    )
+    assert_close(local(experiment, "alone-client"), folder, 0, 0)
+    assert not list(elsewhere.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("address", ["ray://127.0.0.1:10001", "DASHBOARD", "127.0.0.1:9", "nobody"])
+def test_an_address_that_is_no_cluster_is_refused_in_one_line_and_soon(
+    head: Any, experiment: Experiment, address: str
+) -> None:
+    address = head.dashboard if address == "DASHBOARD" else address
+    command = head.job("pretrain.py", experiment("nowhere"))
+    done = head.run(*command, RAY_ADDRESS=address, timeout=90)
+    print(f"RAY_ADDRESS={address}: {done.seconds:.1f} s")
+    assert done.code == 2, done.out + done.err
+    assert done.err.startswith(f"error: RAY_ADDRESS={address}: ")
+    assert len(done.err.splitlines()) == 1 and not done.out
+    assert done.seconds < 60
+
+
+@pytest.mark.slow
+def test_a_hybrid_is_trained_and_evaluated_by_submitted_jobs(
+    client: Any, submit: Callable[..., Done], experiment: Experiment
+) -> None:
+    keys: dict[str, Any] = {
+        "llama": {"model": "tiny-random"},
+        "adapter": {"hidden": 16, "prefix_tokens": 2},
+        "training": {"steps": 3, "variants": 2, "max_attempts": 2},
+        "evaluation": {"limit": 4},
+    }
+    config = experiment("hybrid", **keys)
+    assert submit("joint", "joint.py", config).code == 0
+    assert said(client, "joint")[-1].startswith("step 3: ")
+    alone = experiment("hybrid-alone", **keys, cluster={"num_workers": 0})
+    trained = joint(alone).checkpoint
+    assert_close(trained, config.run_folder / "checkpoints/step_00000003", 0, 0)
+
+    assert submit("evaluate", "evaluate.py", config, "cluster.num_workers=2").code == 0
+    lines = said(client, "evaluate")
+    assert lines[-1].endswith("report.html") and "4/4" in " ".join(lines)
+    [folder] = (config.run_folder / "evaluation").iterdir()
+    wanted = evaluate(alone)
+    assert predictions(folder) == predictions(wanted.folder)
+    scores = json.loads((folder / "results.json").read_text())["scores"]
+    assert scores == json.loads((wanted.folder / "results.json").read_text())["scores"]
+    assert read(trained).state["kind"] == "hybrid"
+
+
+NOBODY_ELSE = """
+import os, psutil
+from hybrid.cluster.runtime import start_local
+start_local(1)
+mine = [psutil.Process(), *psutil.Process().children(recursive=True)]
+open_to = {c.laddr.ip for p in mine for c in p.net_connections("inet") if c.status == "LISTEN"}
+print(*sorted(open_to))
+"""
+
+
+def test_a_cluster_of_our_own_listens_on_the_loopback_alone(alone: Any) -> None:
+    """Whoever reaches a port of Ray runs what they like here."""
+    env = {k: v for k, v in alone.env.items() if not k.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", NOBODY_ELSE], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}, done.stdout

@@ -1,0 +1,331 @@
+"""Several nodes, and what happens when one of them is gone."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import assert_close, metrics, predictions, tensors
+from pyarrow import fs
+
+from hybrid.checkpoint import newest
+from hybrid.cluster import evaluate, pretrain
+from hybrid.config import Config
+
+Experiment = Callable[..., Config]
+Until = Callable[..., None]
+Nodes = Callable[[int], list[Any]]
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+STEPS = {"steps": 300, "save_every": 50, "keep_checkpoints": 1000, "probe_pairs": 0, "lr": 1e-5}
+LAST = "checkpoints/step_00000300"
+TWO = {"num_workers": 2, "cpus_per_worker": 2}
+AWS = {
+    "AWS_ACCESS_KEY_ID": "x",
+    "AWS_SECRET_ACCESS_KEY": "x",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+
+def step_of(config: Config) -> int:
+    try:
+        return max((line["step"] for line in metrics(config.run_folder)), default=0)
+    except (OSError, ValueError):
+        return 0
+
+
+def starts(config: Config, rank: int = 0) -> list[int]:
+    """The steps at which workers of a run have begun."""
+    lines = (config.run_folder / f"train_{rank}.log").read_text().splitlines()
+    return [int(line.split(" step ")[1].split()[0]) for line in lines if " of 300, " in line]
+
+
+def far(one: Path, other: Path) -> float:
+    """The largest difference between the numbers of two checkpoints, of weights and carry."""
+    a, b = tensors(one), tensors(other)
+    assert a.keys() == b.keys()
+    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
+
+
+def finished(process: subprocess.Popen[str], seconds: float) -> str:
+    out, _ = process.communicate(timeout=seconds)
+    assert process.returncode == 0, out
+    return out
+
+
+@pytest.fixture(scope="module")
+def calm(alone: Any, experiment: Experiment) -> Path:
+    """The last checkpoint of one worker without a cluster."""
+    config = experiment("calm", training=STEPS)
+    alone.here("pretrain.py", config)
+    return config.run_folder / LAST
+
+
+@pytest.fixture(scope="module")
+def cluster(start_cluster: Callable[..., Any]) -> Any:
+    """A head for the data stream, too small for a worker."""
+    return start_cluster(1, RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="0.5", **AWS)
+
+
+@pytest.fixture
+def nodes(cluster: Any, tmp_path: Path, until: Until) -> Nodes:
+    """nodes(n): the cluster with so many nodes beside its head, with room for a worker each.
+    They share the file system, but not the folder for copies of what is in a store.
+    """
+
+    def have(count: int) -> list[Any]:
+        there = [node for node in cluster.nodes[1:] if node.process.poll() is None]
+        for node in there[count:]:
+            node.kill()
+        there = there[:count]
+        until(lambda: len(cluster.alive()) == 1 + len(there), 60, "a death that is noticed")
+        for number in range(count - len(there)):
+            one_core = ("taskset", "-c", str(len(there) % 2))
+            cache = str(tmp_path / f"cache{number}")
+            there.append(cluster.add(2, one_core, ARC_HYBRID_CACHE=cache))
+        return there[:count]
+
+    return have
+
+
+def node_of(nodes: list[Any], pid: int) -> Any:
+    [found] = [n for n in nodes if pid in {process.pid for process in n.processes()}]
+    return found
+
+
+@pytest.fixture(scope="module")
+def pair(cluster: Any, experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The last checkpoint of two workers on two nodes that nobody disturbs."""
+    there = [cluster.add(2, ("taskset", "-c", core)) for core in "01"]
+    config = experiment("pair", training=STEPS, cluster=TWO)
+    process = cluster.spawn(*cluster.job("pretrain.py", config), RAY_ADDRESS=cluster.address)
+    wait = time.monotonic() + 120
+    while not step_of(config):
+        assert process.poll() is None and time.monotonic() < wait
+        time.sleep(0.2)
+    where = {node_of(there, pid) for pid in cluster.pids("RayTrainWorker")}
+    assert len(where) == 2, "both workers are on one node"
+    finished(process, 200)
+    return config.run_folder / LAST
+
+
+def test_two_workers_on_two_nodes_train_what_one_trains_to_rounding(calm: Path, pair: Path) -> None:
+    print(f"two nodes differ from one process by {far(calm, pair):.1e}")
+    assert far(calm, pair) < 2e-5
+
+
+def test_a_node_lost_is_replaced_by_a_spare_one_and_the_weights_are_the_same(
+    cluster: Any,
+    nodes: Nodes,
+    experiment: Experiment,
+    pair: Path,
+    until: Until,
+) -> None:
+    there = nodes(3)
+    config = experiment("spare", training=STEPS, cluster=TWO)
+    process = cluster.spawn(*cluster.job("pretrain.py", config), RAY_ADDRESS=cluster.address)
+    until(lambda: step_of(config) > 110 or process.poll() is not None, 120, "steps")
+    node_of(there, cluster.pids("RayTrainWorker")[0]).kill()
+    killed = time.monotonic()
+    until(lambda: len(starts(config)) > 1 or process.poll() is not None, 200, "new workers")
+    print(f"trains again {time.monotonic() - killed:.1f} s after a node was lost")
+    finished(process, 300)
+    print(
+        f"started at {starts(config)}; far from undisturbed: {far(pair, config.run_folder / LAST)}"
+    )
+    assert_close(pair, config.run_folder / LAST, 0, 0)
+
+
+def test_training_goes_on_with_the_nodes_that_are_left_and_the_same_batch(
+    cluster: Any,
+    nodes: Nodes,
+    experiment: Experiment,
+    pair: Path,
+    until: Until,
+) -> None:
+    there = nodes(2)
+    config = experiment("elastic", training=STEPS, cluster={**TWO, "min_workers": 1})
+    process = cluster.spawn(*cluster.job("pretrain.py", config), RAY_ADDRESS=cluster.address)
+    until(lambda: step_of(config) > 110 or process.poll() is not None, 120, "steps")
+    assert len(cluster.pids("RayTrainWorker")) == 2
+    node_of(there, cluster.pids("RayTrainWorker")[0]).kill()
+    killed = time.monotonic()
+    until(lambda: len(starts(config)) > 1 or process.poll() is not None, 200, "new workers")
+    print(f"goes on {time.monotonic() - killed:.1f} s after a node was lost")
+    finished(process, 300)
+    last = config.run_folder / LAST
+    assert json.loads((last / "state.json").read_text())["world_size"] == 1
+    print(f"started at {starts(config)}; far from undisturbed: {far(pair, last):.1e}")
+    assert far(pair, last) < 2e-5
+    batches = {m["epoch"] / m["step"] for m in metrics(config.run_folder) if "epoch" in m}
+    assert batches  # the same rows in the same order: the weights say so
+
+
+def test_a_node_that_is_drained_has_everything_saved_at_once(
+    cluster: Any,
+    nodes: Nodes,
+    experiment: Experiment,
+    pair: Path,
+    until: Until,
+) -> None:
+    there = nodes(3)
+    config = experiment("drained", training={**STEPS, "save_every": 300}, cluster=TWO)
+    process = cluster.spawn(*cluster.job("pretrain.py", config), RAY_ADDRESS=cluster.address)
+    until(lambda: step_of(config) > 60 or process.poll() is not None, 120, "steps")
+    pid = cluster.pids("RayTrainWorker")[0]
+    [drained] = [
+        node.node_id
+        for node in cluster.alive()
+        if pid in cluster.pids("RayTrainWorker", node.node_id)
+    ]
+    done = cluster.run(
+        *("ray", "drain-node", "--address", cluster.address, "--node-id", drained),
+        *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"),
+        *("--deadline-remaining-seconds", "15"),
+    )
+    assert done.code == 0, done.out + done.err
+    drain = time.monotonic()
+    folder = config.run_folder / "checkpoints"
+    until(lambda: list(folder.glob("step_*[0-9]")), 60, "a checkpoint")
+    print(f"saved {time.monotonic() - drain:.1f} s after the warning")
+    saved = newest(folder)
+    assert saved is not None and 60 < saved.state["step"] < 300
+    assert saved.state["world_size"] == 2
+    time.sleep(max(0, drain + 15 - time.monotonic()))
+    if process.poll() is None:
+        node_of(there, pid).kill()
+    finished(process, 300)
+    print(f"started at {starts(config)}")
+    assert_close(pair, config.run_folder / LAST, 0, 0)
+
+
+def test_actors_on_a_lost_node_lose_no_task(
+    cluster: Any, nodes: Nodes, many_views: Experiment, solved: Path, until: Until
+) -> None:
+    there = nodes(2)
+    checkpoint = solved.parents[1] / "checkpoints/step_00000004"
+    config = many_views("lost", num_workers=2, cpus_per_worker=2)
+    process = cluster.spawn(
+        *cluster.job("evaluate.py", config, f"evaluation.checkpoint={checkpoint}"),
+        RAY_ADDRESS=cluster.address,
+    )
+    found = config.run_folder / "evaluation"
+    until(lambda: len(list(found.glob("*/predictions/*.json"))) > 3, 120, "answers")
+    pids = cluster.pids("Evaluator")
+    assert len({node_of(there, pid) for pid in pids}) == 2
+    node_of(there, pids[0]).kill()
+    killed = len(list(found.glob("*/predictions/*.json")))
+    out = process.communicate(timeout=300)[0]
+    print(f"killed with {killed} answered")
+    assert process.returncode == 0, out
+    [folder] = found.iterdir()
+    assert predictions(folder) == predictions(solved)
+    answered = re.findall(r"^\d+/15 (\w+)", out, re.M)
+    assert len(answered) == 15 == len(set(answered)), out
+
+
+def test_a_root_that_a_node_does_not_see_is_refused_before_anything_starts(
+    cluster: Any, nodes: Nodes, many_views: Experiment, tmp_path: Path
+) -> None:
+    nodes(1)
+    hides = 'mount -t tmpfs none $HIDDEN && exec "$@"'
+    config = many_views("blind", num_workers=1)
+    blind = cluster.add(
+        2,
+        prefix=("unshare", "-m", "--propagation", "private", "sh", "-c", hides, "sh"),
+        HIDDEN=config.paths.root,
+    )
+    done = cluster.run(*cluster.job("pretrain.py", config), RAY_ADDRESS=cluster.address)
+    blind.kill()
+    assert done.code == 2, done.out + done.err
+    assert done.err == (
+        f"error: paths.root={config.paths.root}: 1 of the cluster's 3 nodes do not see it; name a"
+        " folder that all of them share, or a URI (s3://, gs://)\n"
+    )
+    assert not config.run_folder.exists() or not any(config.run_folder.iterdir())
+    assert not list(Path(config.paths.root).glob(".seen*"))
+
+
+def test_a_node_lost_a_moment_ago_does_not_keep_a_job_from_starting(
+    cluster: Any, nodes: Nodes, experiment: Experiment
+) -> None:
+    nodes(2)[1].kill()
+    config = experiment("moment", cluster={"num_workers": 1, "cpus_per_worker": 2})
+    done = cluster.run(*cluster.job("pretrain.py", config), RAY_ADDRESS=cluster.address)
+    assert done.code == 0, done.out + done.err
+    assert "Traceback" not in done.err
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A URI in a real S3 server on this machine."""
+    for name, value in AWS.items():
+        monkeypatch.setenv(name, value)
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    log = (tmp_path / "moto.log").open("w")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=log,
+        stderr=log,
+    )
+    end = time.monotonic() + 60
+    while socket.socket().connect_ex(("127.0.0.1", port)):
+        assert time.monotonic() < end, "moto does not start"
+        time.sleep(0.2)
+    yield (
+        f"s3://bucket/arc?endpoint_override=127.0.0.1:{port}&scheme=http"
+        "&allow_bucket_creation=true&region=us-east-1"
+    )
+    server.kill()
+    server.wait()
+    log.close()
+
+
+def test_nodes_that_share_nothing_but_a_store_prepare_train_and_evaluate(
+    cluster: Any,
+    nodes: Nodes,
+    experiment: Experiment,
+    store: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nodes(0)
+    nodes(2)
+    config = experiment("stored", paths={"root": store, "data": None}, cluster=TWO)
+    here = {"RAY_ADDRESS": cluster.address, "ARC_HYBRID_CACHE": str(tmp_path / "driver")}
+    for script in ("prepare.py", "pretrain.py", "evaluate.py"):
+        done = cluster.run(*cluster.job(script, config), **here)
+        print(script, f"{done.seconds:.1f} s", done.out[-400:], done.err[-400:])
+        assert done.code == 0, done.out + done.err
+    filled = [c for c in ("driver", "cache0", "cache1") if any((tmp_path / c).rglob("*"))]
+    assert filled == ["driver", "cache0", "cache1"]
+
+    where, name = fs.FileSystem.from_uri(store)
+    fs.copy_files(
+        f"{name}/runs/stored", str(tmp_path / "copy/runs/stored"), source_filesystem=where
+    )
+    copy = tmp_path / "copy/runs/stored"
+    assert newest(copy / "checkpoints").folder.name == "step_00000008"
+    alone = experiment(
+        "alone",
+        paths={"root": str(tmp_path / "local")},
+        evaluation={"checkpoint": str(copy / "checkpoints/step_00000008")},
+        cluster={"num_workers": 0},
+    )
+    here_trained = pretrain(alone).checkpoint
+    assert far(here_trained, copy / "checkpoints/step_00000008") < 5e-5
+    wanted = evaluate(alone)
+    [folder] = (copy / "evaluation").iterdir()
+    assert predictions(folder) == predictions(wanted.folder)
+    submissions = [(f / "submission.json").read_bytes() for f in (folder, wanted.folder)]
+    assert submissions[0] == submissions[1]
