@@ -311,8 +311,8 @@ def _train_trial(settings: dict[str, Any], base: dict[str, Any]) -> None:
             _report(step, validation)
         if before.status != "unfinished":
             return
-    else:
-        note_trial(config.run_folder, values, "unfinished", 0)
+    seconds = before.seconds if before else 0
+    note_trial(config.run_folder, values, "unfinished", seconds)
     try:
         check(config, Joint.kind, Joint.sections)
         if config.cluster.num_workers:
@@ -321,8 +321,8 @@ def _train_trial(settings: dict[str, Any], base: dict[str, Any]) -> None:
             share_cores(1)
             result = joint(config, _TrialContext(compute_device(config.cluster.use_gpu)))
     except Exception as error:
-        seconds = before.seconds if before else 0
-        note_trial(config.run_folder, values, "failed", seconds, _reason(error))
+        # Whether it has failed, or the sweep was ended around it, is for the sweep to say.
+        note_trial(config.run_folder, values, "unfinished", seconds, _reason(error))
         raise
     # Said once more: what a worker says last, Ray Train may lose with the worker.
     assert result.validation is not None

@@ -119,7 +119,8 @@ def describe(trials: Sequence[Trial], axes: Sequence[Axis]) -> str:
     with console.capture() as captured:
         console.print(table)
     lines = [captured.get().rstrip()]
-    lines += [f"{trial.name} failed: {trial.error}" for trial in trials if trial.error]
+    failed = [trial for trial in trials if trial.status == "failed"]
+    lines += [f"{trial.name} failed: {trial.error}" for trial in failed]
     scored = [trial for trial in trials if trial.last]
     lines.append(
         f"on held-out training tasks; the best of {len(scored)} is a lucky pick among them: expect"
