@@ -384,7 +384,8 @@ def test_old_checkpoints_are_pruned_in_the_store(root: str, tasks: Path) -> None
 
 
 def train_on_a_machine_of_its_own(cache: str, *args: Any) -> None:
-    os.environ["ARC_HYBRID_CACHE"] = cache
+    # The server that forks was started before this module's environment was set.
+    os.environ.update(KEYS, ARC_HYBRID_CACHE=cache)
     train_as_rank(*args)
 
 

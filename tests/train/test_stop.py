@@ -166,7 +166,7 @@ def test_the_second_signal_ends_a_run_at_once(root: Path, job: Job, number: sign
     process.send_signal(number)
     code, said = ended(process)
     assert time.monotonic() - started < 10
-    assert (code, said[-1]) == (1, "stopped: the same command goes on from here")
+    assert (code, said[-1]) == (1, "stopped: the same command goes on")
     assert not any("Traceback" in line for line in said)
     assert newest(config.run_folder / "checkpoints") is None
     assert not (config.run_folder / "stop").exists()
