@@ -138,5 +138,6 @@ class _Pool:
             if self.replacements == 0:
                 raise error
             self.replacements -= 1
-        log.warning("evaluation actor %d lost, starting another: %s", number, error)
+        why = str(error).partition("\n")[0]
+        log.warning("evaluation actor %d lost, starting another: %s", number, why)
         self._start(number)

@@ -63,9 +63,9 @@ def stoppable(run_folder: Path) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # signals are not ours here
         return
-    before: dict[int, Any] = {
-        number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)
-    }
+    # What is ignored stays so: a job in the background is not meant by Ctrl-C.
+    heard = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) != signal.SIG_IGN]
+    before: dict[int, Any] = {number: signal.signal(number, ask) for number in heard}
     try:
         yield
     finally:

@@ -217,7 +217,7 @@ def test_evaluation_actors_killed_ten_times_change_no_score_and_no_answer(
     while len(killed) < KILLS:
         until(lambda: head.pids("Evaluator") or process.poll() is not None, 60, "an actor")
         assert process.poll() is None, f"over after {killed}: {process.communicate()[0]}"
-        time.sleep(dice.random() * 6)
+        time.sleep(dice.random() * 4)
         pids = head.pids("Evaluator")
         if pids:
             os.kill(dice.choice(pids), signal.SIGKILL)

@@ -64,7 +64,7 @@ def finished(process: subprocess.Popen[str], seconds: float) -> str:
 @pytest.fixture(scope="module")
 def calm(alone: Any, experiment: Experiment) -> Path:
     """The last checkpoint of one worker without a cluster."""
-    config = experiment("calm", training=STEPS)
+    config = experiment("calm-nodes", training=STEPS)
     alone.here("pretrain.py", config)
     return config.run_folder / LAST
 
@@ -218,8 +218,9 @@ def test_actors_on_a_lost_node_lose_no_task(
         RAY_ADDRESS=cluster.address,
     )
     found = config.run_folder / "evaluation"
-    until(lambda: len(list(found.glob("*/predictions/*.json"))) > 3, 120, "answers")
+    until(lambda: len(cluster.pids("Evaluator")) == 2, 120, "two actors")
     pids = cluster.pids("Evaluator")
+    until(lambda: len(list(found.glob("*/predictions/*.json"))) > 3, 120, "answers")
     assert len({node_of(there, pid) for pid in pids}) == 2
     node_of(there, pids[0]).kill()
     killed = len(list(found.glob("*/predictions/*.json")))

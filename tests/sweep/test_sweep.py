@@ -196,16 +196,16 @@ def test_optuna_ends_after_its_samples_and_does_not_begin_again(tmp_path: Path) 
 
 @pytest.mark.slow
 def test_a_trial_that_fails_is_listed_and_the_others_end(tmp_path: Path) -> None:
-    """trm.init_from names nothing: that is seen when a trial begins."""
-    space = "sweep.space={trm.init_from: {choice: [null, /nowhere/at/all]}}"
+    """llama.model names nothing: that is seen when a trial begins."""
+    space = "sweep.space={llama.model: {choice: [tiny-random, /nowhere/at/all]}}"
     done = sweep(tmp_path, space, "sweep.samples=8")
     assert done.returncode == 0, done.stderr
     rows = ranking(tmp_path)
     assert [row["status"] for row in rows] == ["done", "failed"]
-    assert "trm.init_from: /nowhere/at/all is no checkpoint" in rows[1]["error"]
-    assert "failed: trm.init_from" in done.stdout
+    assert "llama.model: /nowhere/at/all" in rows[1]["error"]
+    assert "failed: llama.model: /nowhere/at/all" in done.stdout
     best = yaml.safe_load((tmp_path / "runs" / "sweep" / "best.yaml").read_text())
-    assert best["trm"]["init_from"] is None
+    assert best["llama"]["model"] == "tiny-random"
 
 
 @pytest.mark.slow

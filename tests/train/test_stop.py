@@ -45,10 +45,11 @@ def experiment(
     return config
 
 
-def on_one_core() -> None:
+def as_from_a_terminal() -> None:
     """A job computes with as many threads as it has cores, and threads wait for each other."""
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever runs the tests may ignore it
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def job() -> Iterator[Job]:
         command = [sys.executable, str(JOBS / f"{name}.py"), "--config", str(path), *overrides]
         pipe = subprocess.PIPE
         process = subprocess.Popen(
-            command, stdout=pipe, stderr=pipe, text=True, preexec_fn=on_one_core
+            command, stdout=pipe, stderr=pipe, text=True, preexec_fn=as_from_a_terminal
         )
         started.append(process)
         return process
@@ -78,7 +79,7 @@ def undisturbed(root: Path) -> Path:
     config = experiment(root, "undisturbed")
     command = [sys.executable, str(JOBS / "pretrain.py"), "--config"]
     path = str(root / "undisturbed.yaml")
-    subprocess.run([*command, path], check=True, timeout=120, preexec_fn=on_one_core)
+    subprocess.run([*command, path], check=True, timeout=120, preexec_fn=as_from_a_terminal)
     return config.run_folder / "checkpoints" / f"step_{STEPS:08d}"
 
 
