@@ -103,7 +103,7 @@ def many_views(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config
         return make_experiment(
             root,
             run,
-            data={"variants": 500},
+            data={"variants": 300},
             trm={"halt_max_steps": 16},
             training={"steps": 4},
             evaluation={"batch_size": 8},

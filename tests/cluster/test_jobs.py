@@ -172,7 +172,8 @@ def test_a_plain_client_brings_its_own_package_and_trains_the_same_weights(
         *command, cwd=elsewhere, RAY_ADDRESS=head.address, PYTHONPATH=str(tmp_path / "mine")
     )
     assert done.code == 0, done.out + done.err
-    assert done.err == ""
+    progress = [line for line in done.err.splitlines() if re.match(r"step \d/8 ", line)]
+    assert done.err.splitlines() == progress  # on a slow machine there is some to show
     folder = config.run_folder / "checkpoints/step_00000008"
     assert json.loads((folder / "state.json").read_text())["versions"]["arc-hybrid"] == (
         "0.travelled"

@@ -181,6 +181,7 @@ def test_a_node_that_is_drained_has_everything_saved_at_once(
     process = cluster.spawn(*cluster.job("pretrain.py", config), RAY_ADDRESS=cluster.address)
     until(lambda: step_of(config) > 60 or process.poll() is not None, 120, "steps")
     pid = cluster.pids("RayTrainWorker")[0]
+    leaving = node_of(there, pid)
     [drained] = [
         node.node_id
         for node in cluster.alive()
@@ -200,8 +201,7 @@ def test_a_node_that_is_drained_has_everything_saved_at_once(
     assert saved is not None and 60 < saved.state["step"] < 300
     assert saved.state["world_size"] == 2
     time.sleep(max(0, drain + 15 - time.monotonic()))
-    if process.poll() is None:
-        node_of(there, pid).kill()
+    leaving.kill()  # also if the run has ended before: nothing is placed there any more
     finished(process, 300)
     print(f"started at {starts(config)}")
     assert_close(pair, config.run_folder / LAST, 0, 0)
