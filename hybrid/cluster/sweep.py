@@ -34,8 +34,10 @@ from hybrid.sweep import (
     Trial,
     best_yaml,
     draw,
+    note_reason,
     note_trial,
     parse_space,
+    read_reason,
     read_trial,
     say_trial,
     trial_config,
@@ -311,8 +313,7 @@ def _train_trial(settings: dict[str, Any], base: dict[str, Any]) -> None:
             _report(step, validation)
         if before.status != "unfinished":
             return
-    seconds = before.seconds if before else 0
-    note_trial(config.run_folder, values, "unfinished", seconds)
+    note_reason(config.run_folder, "")
     try:
         check(config, Joint.kind, Joint.sections)
         if config.cluster.num_workers:
@@ -322,7 +323,7 @@ def _train_trial(settings: dict[str, Any], base: dict[str, Any]) -> None:
             result = joint(config, _TrialContext(compute_device(config.cluster.use_gpu)))
     except Exception as error:
         # Whether it has failed, or the sweep was ended around it, is for the sweep to say.
-        note_trial(config.run_folder, values, "unfinished", seconds, _reason(error))
+        note_reason(config.run_folder, _reason(error))
         raise
     # Said once more: what a worker says last, Ray Train may lose with the worker.
     assert result.validation is not None
@@ -354,6 +355,11 @@ class _Notes(tune.Callback):  # type: ignore[misc]
         self.config, self.rows, self.count, self.say = config, rows, count, say
         self.said: dict[str, int] = {}
 
+    def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        known = self._known(trial)
+        if known is None:
+            note_trial(self._folder(trial), self._values(trial), "unfinished", 0)
+
     def on_trial_result(
         self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
@@ -369,23 +375,26 @@ class _Notes(tune.Callback):  # type: ignore[misc]
             self._end(trial, known, "done" if done else "stopped early")
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        known = self._known(trial)
-        reason = known.error if known else ""
-        self._end(trial, known, "failed", reason or "its process died")
+        reason = read_reason(self._folder(trial)) or "its process died"
+        self._end(trial, self._known(trial), "failed", reason)
 
     def _end(self, trial: Any, known: Trial | None, status: Any, error: str = "") -> None:
-        values = trial.config.get("values", trial.config)
         seconds = (known.seconds if known else 0.0) + float(
             (trial.last_result or {}).get("time_total_s", 0.0)
         )
-        note_trial(self._folder(trial), values, status, seconds, error)
+        note_trial(self._folder(trial), self._values(trial), status, seconds, error)
         ended = sum(t.status != "unfinished" for t in _known(self.config))
         self.say(
-            f"{ended}/{self.count} {trial_name(values)} {status}{': ' if error else ''}{error}"
+            f"{ended}/{self.count} {self._folder(trial).name} {status}"
+            f"{': ' if error else ''}{error}"
         )
 
+    def _values(self, trial: Any) -> Values:
+        values: Values = trial.config.get("values", trial.config)
+        return values
+
     def _folder(self, trial: Any) -> Path:
-        return self.config.runs_folder / trial_name(trial.config.get("values", trial.config))
+        return self.config.runs_folder / trial_name(self._values(trial))
 
     def _known(self, trial: Any) -> Trial | None:
         return read_trial(self._folder(trial))

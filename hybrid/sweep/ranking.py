@@ -24,7 +24,9 @@ from hybrid.train import parse_metrics, validated
 
 Status = Literal["done", "stopped early", "failed", "unfinished"]
 NOTE = "trial.json"
-"""Of a trial, in its run folder: values, status, seconds, error."""
+"""Of a trial, in its run folder: values, status, seconds, error. Only the sweep's process writes it."""
+REASON = "reason.txt"
+"""Beside it, from the trial's own process: why it ended by an error, or was ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +77,18 @@ def note_trial(
     partial.write_text(json.dumps(note) + "\n")
     os.replace(partial, run_folder / NOTE)
     storage.publish(run_folder / NOTE)
+
+
+def note_reason(run_folder: Path, reason: str) -> None:
+    """Write down, from within a trial, what went wrong; "" forgets what an earlier one said."""
+    make_folder(run_folder)
+    (run_folder / REASON).write_text(reason)
+    storage.publish(run_folder / REASON)
+
+
+def read_reason(run_folder: Path) -> str:
+    """What a trial said went wrong, or ""."""
+    return (storage.read(run_folder / REASON) or b"").decode()
 
 
 def ranked(trials: Sequence[Trial]) -> list[Trial]:

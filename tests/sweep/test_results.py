@@ -19,8 +19,10 @@ from hybrid.sweep import (
     Trial,
     best_yaml,
     describe,
+    note_reason,
     note_trial,
     ranked,
+    read_reason,
     read_trial,
     write_report,
     write_results,
@@ -71,6 +73,18 @@ def test_a_noted_trial_is_read_again(tmp_path: Path) -> None:
     (tmp_path / "t" / "trial.json").write_text("{")
     with pytest.raises(UserError, match=r"t/trial\.json: cannot be read"):
         read_trial(tmp_path / "t")
+
+
+def test_what_a_trial_says_as_it_is_ended_does_not_change_how_it_ended(tmp_path: Path) -> None:
+    folder = tmp_path / "t"
+    assert read_reason(folder) == ""
+    note_trial(folder, {"adapter.hidden": 8}, "stopped early", 2.5)
+    note_reason(folder, "ActorDiedError: the placement group was removed")
+    read = read_trial(folder)
+    assert read is not None and read.status == "stopped early" and read.error == ""
+    assert read_reason(folder) == "ActorDiedError: the placement group was removed"
+    note_reason(folder, "")
+    assert read_reason(folder) == ""
 
 
 @pytest.mark.parametrize(
