@@ -24,7 +24,7 @@ from hybrid.train import parse_metrics, validated
 
 Status = Literal["done", "stopped early", "failed", "unfinished"]
 NOTE = "trial.json"
-"""Of a trial, in its run folder: values, status, seconds, error. Only the sweep's process writes it."""
+"""Of a trial, in its run folder: values, status, seconds, error. Only the sweep writes it."""
 REASON = "reason.txt"
 """Beside it, from the trial's own process: why it ended by an error, or was ended."""
 
