@@ -89,11 +89,13 @@ class TextToLatentAdapter(nn.Module):
         spread = hidden.std(0)
         self.std.copy_(spread.clamp_min(1e-3 * float(spread.mean()) + 1e-12))
 
-    def forward(self, hidden: Tensor) -> dict[State, Tensor]:
+    def forward(self, hidden: Tensor, places: Tensor | None = None) -> dict[State, Tensor]:
+        """`places` [N]: which of the positions the states have; all when not given."""
         states, _, D = self.positions.shape
         differs = (hidden - self.mean) / self.std
         vectors = self.mlp(rms_norm(differs, EPS)).view(-1, states, 1, D)
-        spread = vectors * self.positions
+        positions = self.positions if places is None else self.positions[:, places]
+        spread = vectors * positions
         return dict(zip(self.states, spread.unbind(1), strict=True))
 
 

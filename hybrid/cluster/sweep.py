@@ -354,11 +354,14 @@ class _Notes(tune.Callback):  # type: ignore[misc]
     def __init__(self, config: Config, rows: int, count: int, say: Say) -> None:
         self.config, self.rows, self.count, self.say = config, rows, count, say
         self.said: dict[str, int] = {}
+        self.before: dict[str, float] = {}
+        """Seconds of trials before this sweep took them up again."""
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         known = self._known(trial)
+        self.before[self._folder(trial).name] = known.seconds if known else 0.0
         if known is None:
-            note_trial(self._folder(trial), self._values(trial), "unfinished", 0)
+            self._write(trial, "unfinished")
 
     def on_trial_result(
         self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
@@ -367,22 +370,27 @@ class _Notes(tune.Callback):  # type: ignore[misc]
         if known and known.step > self.said.get(known.name, 0):
             self.said[known.name] = known.step
             self.say(say_trial(known))
+            if known.status == "unfinished":
+                self._write(trial, "unfinished")
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         known = self._known(trial)
         if known and known.status == "unfinished":
             done = known.step == total_steps(_config_of(self.config, known.values), self.rows)
-            self._end(trial, known, "done" if done else "stopped early")
+            self._end(trial, "done" if done else "stopped early")
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         reason = read_reason(self._folder(trial)) or "its process died"
-        self._end(trial, self._known(trial), "failed", reason)
+        self._end(trial, "failed", reason)
 
-    def _end(self, trial: Any, known: Trial | None, status: Any, error: str = "") -> None:
-        seconds = (known.seconds if known else 0.0) + float(
-            (trial.last_result or {}).get("time_total_s", 0.0)
-        )
-        note_trial(self._folder(trial), self._values(trial), status, seconds, error)
+    def _write(self, trial: Any, status: Any, error: str = "") -> None:
+        folder = self._folder(trial)
+        seconds = float((trial.last_result or {}).get("time_total_s", 0.0))
+        seconds += self.before.get(folder.name, 0.0)
+        note_trial(folder, self._values(trial), status, seconds, error)
+
+    def _end(self, trial: Any, status: Any, error: str = "") -> None:
+        self._write(trial, status, error)
         ended = sum(t.status != "unfinished" for t in _known(self.config))
         self.say(
             f"{ended}/{self.count} {self._folder(trial).name} {status}"

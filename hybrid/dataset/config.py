@@ -10,7 +10,7 @@ from hybrid.errors import check_fields
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Sources, augmentation and canvas; everything here is part of the dataset's fingerprint."""
+    """Sources, augmentation and canvas; all but `canvas` is part of the dataset's fingerprint."""
 
     training: tuple[str, ...] = ("arc1-training",)
     """Sources whose every pair with an output is trained on."""
@@ -22,6 +22,10 @@ class DataConfig:
     """Side of the canvas. Tasks with larger demonstrations or test inputs are left out, counted."""
     on_overlap: Literal["refuse", "drop"] = "refuse"
     """What to do with a training task that holds a test pair of an evaluation task."""
+    canvas: Literal["full", "bucketed"] = "full"
+    """bucketed puts each task on the smallest of a few canvases that holds all of it that is known
+    when its test is asked; an answer that is larger cannot be given, and counts as wrong. Puzzle
+    identifiers are the same either way, and positions those of the full canvas."""
     hold_out_demos: int = 0
     """Demonstrations of each evaluation task, the last ones, kept out of training and of prompts:
     what `feedback.source=demos` tries the rule on."""

@@ -195,7 +195,8 @@ def _refuse_too_few(evaluation: list[Selected], held_out: int) -> None:
 def _write(folder: Path, config: DataConfig, selected: list[Selected], say: Say) -> dict[str, Any]:
     rows = [grids_to_arrow(s.task, s.purpose, s.source) for s in selected]
     pq.write_table(pa.Table.from_pylist(rows, TASKS), folder / TASKS_FILE, compression="zstd")
-    fingerprint = hashlib.sha256(json.dumps(_plain(config)).encode())
+    identity = {name: value for name, value in _plain(config).items() if name != "canvas"}
+    fingerprint = hashlib.sha256(json.dumps(identity).encode())
     for s in selected:
         seen = s.task.without_answers() if s.purpose == "evaluation" else s.task
         fingerprint.update(f"{s.purpose} {s.task.id} {seen.content_hash}\n".encode())

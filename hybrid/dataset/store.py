@@ -28,6 +28,9 @@ from hybrid.arc import Augmentation, Grid, Pair, Task
 from hybrid.errors import UserError
 
 FORMAT = 1
+SMALLER_CANVASES = (11, 16, 21)
+"""Sides that `data.canvas=bucketed` puts tasks on, beside data.max_side: grids up to 10, 15 and 20,
+with the border that ends them."""
 TABLES = ("tasks.parquet", "variants.parquet")
 Purpose = Literal["training", "evaluation"]
 
@@ -88,13 +91,42 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of all that a model can see: everything but the answers of evaluation tasks."""
+        """Digest of all that a model can see but `placing`; answers of evaluation tasks are not in
+        it.
+        """
         return str(self.meta["fingerprint"])
 
     @property
     def canvas(self) -> int:
-        """Side of the canvas that every grid is put on."""
+        """Side of the largest canvas that grids are put on."""
         return int(self.meta["config"]["max_side"])
+
+    @property
+    def placing(self) -> str:
+        """`data.canvas` of when it was prepared."""
+        return str(self.meta["config"].get("canvas", "full"))
+
+    @property
+    def bucketed(self) -> bool:
+        """Whether small tasks stand on smaller canvases."""
+        return self.placing == "bucketed"
+
+    @cached_property
+    def sides(self) -> npt.NDArray[np.uint8]:
+        """[T] side of each task's canvas, which all its grids but unknown answers fit, with the
+        border that a larger canvas would show as well.
+        """
+        full = np.full(len(self.tasks), self.canvas, np.uint8)
+        if not self.bucketed:
+            return full
+        sides = np.array([side for side in SMALLER_CANVASES if side < self.canvas] + [self.canvas])
+        # An answer must not be read off the size of a canvas, also by who may see answers.
+        largest = [
+            _largest(task if purpose == "training" else task.without_answers())
+            for task, purpose in zip(self.tasks, self.purposes, strict=True)
+        ]
+        wanted = np.minimum(np.array(largest) + 1, self.canvas)
+        return sides[np.searchsorted(sides, wanted)].astype(np.uint8)
 
     @property
     def num_identifiers(self) -> int:
@@ -168,6 +200,11 @@ class Dataset:
             dihedral=int(self.dihedral[variant]),
             colours=tuple(int(colour) for colour in self.colours[variant]),
         )
+
+
+def _largest(task: Task) -> int:
+    """Longest side of a grid of the task."""
+    return int(max(max(grid.shape) for pair in task.pairs for grid in pair.grids))
 
 
 def grids_to_arrow(task: Task, purpose: Purpose, source: str) -> dict[str, Any]:

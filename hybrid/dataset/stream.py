@@ -11,9 +11,10 @@ skipped however long its neighbours keep theirs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +24,11 @@ from hybrid.dataset.store import Dataset
 
 Ints: TypeAlias = npt.NDArray[np.int64]
 Rows: TypeAlias = dict[str, npt.NDArray[np.generic]]
-"""inputs, labels: uint8 tokens [n, L] (PAD is not scored); puzzle_identifiers: int32 [n]."""
+"""inputs, labels: uint8 tokens [n, L] (PAD is not scored); puzzle_identifiers: int32 [n]; side:
+uint8 [n], of each row's canvas, whose side * side tokens come first."""
 
+TOKENS = {"inputs", "labels"}
+"""Of `Rows`: a token for every cell."""
 TRANSPOSING = np.array([transform(np.empty((1, 2))).shape == (2, 1) for transform in DIHEDRAL])
 
 
@@ -53,7 +57,7 @@ class Stream:
         self.pairs: list[Pair] = [pair for of_task in pairs for pair in of_task]
         self._task_of_pair = np.repeat(np.arange(len(pairs)), [len(of_task) for of_task in pairs])
         shapes = [np.max([grid.shape for grid in pair.grids], axis=0) for pair in self.pairs]
-        self._sides = np.array(shapes, np.int64).reshape(-1, 2)  # [R, (height, width)]
+        self._shapes = np.array(shapes, np.int64).reshape(-1, 2)  # [R, (height, width)]
         self._epoch = lru_cache(maxsize=4)(self._draw_epoch)
 
     def __len__(self) -> int:
@@ -63,20 +67,11 @@ class Stream:
     def rows(self, positions: Ints) -> Rows:
         """The rows at `positions` [n], augmented, translated and tokenised."""
         epochs, places = np.divmod(positions, len(self))
-        canvas = self.dataset.canvas
-        inputs = np.empty((len(positions), canvas * canvas), np.uint8)
-        labels = np.empty_like(inputs)
-        identifiers = np.empty(len(positions), np.int32)
-        for n, (number, place) in enumerate(zip(epochs.tolist(), places.tolist(), strict=True)):
-            epoch = self._epoch(number)
-            variant = int(epoch.variant[place])
-            pair = self.pairs[int(epoch.pair[place])]
-            offset = int(epoch.row[place]), int(epoch.column[place])
-            inputs[n], labels[n] = encode_pair(
-                pair, self.dataset.augmentation(variant), canvas, offset
-            )
-            identifiers[n] = variant + 1
-        return {"inputs": inputs, "labels": labels, "puzzle_identifiers": identifiers}
+        drawn = [
+            (epoch.pair[place], epoch.variant[place], epoch.row[place], epoch.column[place])
+            for epoch, place in zip(map(self._epoch, epochs.tolist()), places, strict=True)
+        ]
+        return self._encode(np.array(drawn, np.int64).reshape(-1, 4))
 
     def problems(self, positions: Ints) -> list[Task]:
         """What a reader is shown of the rows at `positions`, see `Dataset.problem`."""
@@ -96,17 +91,9 @@ class Stream:
     def original_pairs(self, count: int) -> Rows:
         """Up to `count` training pairs as they are in the original tasks, evenly chosen."""
         chosen = self._evenly(count)
-        canvas = self.dataset.canvas
-        encoded = [
-            encode_pair(self.pairs[pair], Augmentation(task=""), canvas, (0, 0)) for pair in chosen
-        ]
-        inputs, labels = zip(*encoded, strict=True)
         originals = self.dataset.first_variant[self._task_of_pair[chosen]]
-        return {
-            "inputs": np.stack(inputs),
-            "labels": np.stack(labels),
-            "puzzle_identifiers": (originals + 1).astype(np.int32),
-        }
+        nowhere = np.zeros_like(chosen)
+        return self._encode(np.stack((chosen, originals, nowhere, nowhere), axis=1))
 
     def original_problems(self, count: int) -> list[Task]:
         """What a reader is shown of `original_pairs(count)`."""
@@ -116,6 +103,23 @@ class Stream:
             )
             for pair in self._evenly(count)
         ]
+
+    def _encode(self, drawn: Ints) -> Rows:
+        """Token rows of (pair, variant, row, column) [n, 4]."""
+        inputs = np.full((len(drawn), self.dataset.canvas**2), PAD, np.uint8)
+        labels = np.full_like(inputs, PAD)
+        sides = self.dataset.sides[self.dataset.task_of[drawn[:, 1]]]
+        for n, (pair, variant, row, column) in enumerate(drawn.tolist()):
+            side = int(sides[n])
+            inputs[n, : side**2], labels[n, : side**2] = encode_pair(
+                self.pairs[pair], self.dataset.augmentation(variant), side, (row, column)
+            )
+        return {
+            "inputs": inputs,
+            "labels": labels,
+            "puzzle_identifiers": (drawn[:, 1] + 1).astype(np.int32),
+            "side": sides,
+        }
 
     def _evenly(self, count: int) -> Ints:
         return np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).astype(np.int64))
@@ -133,12 +137,29 @@ class Stream:
         variant = variant_of_task[task]
 
         turned = TRANSPOSING[self.dataset.dihedral[variant]][:, None]
-        sides = np.where(turned, self._sides[order][:, ::-1], self._sides[order])
-        room = self.dataset.canvas - sides + 1
-        offset = (rng.random(sides.shape) * room).astype(np.int64)
+        shapes = np.where(turned, self._shapes[order][:, ::-1], self._shapes[order])
+        room = self.dataset.sides[task][:, None] - shapes + 1
+        offset = (rng.random(shapes.shape) * room).astype(np.int64)
         # The first pair of each variant stays where it is.
         offset[np.flatnonzero(np.diff(task, prepend=-1))] = 0
         return Epoch(variant=variant, pair=order, row=offset[:, 0], column=offset[:, 1])
+
+
+def by_side(rows: Mapping[str, Any], sides: Sequence[int]) -> list[tuple[Any, dict[str, Any]]]:
+    """Rows taken apart by the side of their canvas: (numbers of the rows, the rows) for each side.
+
+    Of arrays or tensors [n, ...]; token rows are cut to the canvas. Rows that are all of one side
+    are not copied.
+    """
+    found = []
+    for side in sorted(set(sides)):
+        mine = [n for n, other in enumerate(sides) if other == side]
+        chosen = slice(None) if len(mine) == len(sides) else mine
+        part = {name: value[chosen] for name, value in rows.items()}
+        for name in TOKENS & part.keys():
+            part[name] = part[name][:, : side**2]
+        found.append((chosen, part))
+    return found
 
 
 def encode_pair(

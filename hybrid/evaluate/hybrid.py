@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import isqrt
 from typing import Any
 
 import numpy as np
@@ -130,7 +129,6 @@ class HybridAnswerer:
         load_averaged(self.solver, checkpoint, only="" if reader else "trm.")
         self.solver.to(device).eval()
         self.table = PuzzleTable(checkpoint)
-        self.canvas = isqrt(trm.config.seq_len)
         self.most = config.evaluation.max_attempts or trained.training.max_attempts
 
     def solve(self, question: Question) -> Prediction:
@@ -169,7 +167,7 @@ class HybridAnswerer:
         reader = self.solver.reader
         played = play(
             self.solver,
-            np.stack([encode_grid(_input(question, one), self.canvas) for one in asked]),
+            np.stack([encode_grid(_input(question, one), question.side) for one in asked]),
             table[[one.view for one in asked]],
             [reader.prompt(_problem(question, one)) for one in asked] if reader else None,
             judge,

@@ -148,6 +148,7 @@ def protocol(
         "attempts scored": "2 a test output",
         "views voting": views if fewest == views else f"{fewest} to {views}",
         "vote": "count, then mean halt probability; grids that are empty do not vote",
+        "canvas": _canvas(dataset, len(tasks)),
         "halting": halts[config.evaluation.halt],
         **(_hybrid_protocol(config, checkpoint, answered) if hybrid else {}),
         "weights": "moving average",
@@ -156,6 +157,13 @@ def protocol(
         "checkpoint digest": checkpoint.digest[:16],
         "dataset fingerprint": key["dataset fingerprint"],
     }
+
+
+def _canvas(dataset: Dataset, asked: int) -> str:
+    sides = sorted({int(dataset.sides[task]) for task in dataset.asked[:asked]})
+    if not dataset.bucketed:
+        return f"{dataset.canvas} x {dataset.canvas}"
+    return f"the smallest of sides {', '.join(map(str, sides))} that holds what is shown"
 
 
 def _puzzle_ids(config: Config, same: bool) -> str:

@@ -130,6 +130,11 @@ def _check(config: Config, checkpoint: Checkpoint, dataset: Dataset) -> None:
             f"{checkpoint.folder}: trained on a canvas of {trm['seq_len']} cells,"
             f" the dataset has {dataset.canvas**2} (data.max_side={dataset.canvas})"
         )
+    if dataset.bucketed and trm["mlp_t"]:
+        raise UserError(
+            f"{checkpoint.folder}: trm.mlp_t has a weight for every cell of the full canvas; ask it"
+            " on a dataset with data.canvas=full"
+        )
     steps = config.evaluation.act_steps
     if steps is not None and steps > trm["halt_max_steps"]:
         raise UserError(
@@ -168,6 +173,7 @@ def ask(
         questions.append(
             Question(
                 task=shown[n],
+                side=int(dataset.sides[task]),
                 views=tuple(views[:voting]),
                 spare_views=tuple(views[voting:]),
                 identifiers=range(first + 1, stop + 1) if known else range(0),
@@ -216,6 +222,8 @@ def _name(config: Config, checkpoint: Checkpoint, dataset: Dataset) -> str:
             settings |= {f"{section}.{k}": getattr(getattr(config, section), k) for k in keys}
         settings["alone"] = config.adapter.inject == "none"
         oracle = "-oracle" if config.feedback.source == "oracle" else ""
+    if dataset.bucketed:
+        settings["canvas"] = "bucketed"
     key = json.dumps([settings, config.cluster.use_gpu, checkpoint.digest, dataset.fingerprint])
     digest = hashlib.sha256(key.encode()).hexdigest()[:8]
     return f"{checkpoint.folder.name}-{digest}{oracle}"

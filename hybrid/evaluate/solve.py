@@ -27,7 +27,7 @@ from hybrid.arc import (
 )
 from hybrid.checkpoint import Checkpoint
 from hybrid.config import EvaluationConfig
-from hybrid.dataset.stream import Rows
+from hybrid.dataset.stream import Rows, by_side
 from hybrid.trm import TRM, TRMConfig
 
 Prediction = dict[str, Any]
@@ -43,6 +43,8 @@ class Question:
 
     task: Task
     """Its demonstrations are those that may be shown."""
+    side: int
+    """Of the canvas it is asked on."""
     views: tuple[Augmentation, ...]
     identifiers: range
     """Puzzle identifiers of the views and the spares; empty: use the blank one."""
@@ -74,10 +76,9 @@ class Solver:
     def solve(self, question: Question) -> Prediction:
         """Candidates for every test input of a task, best first, with what they cost."""
         started = time.perf_counter()
-        canvas = int(self.model.config.seq_len**0.5)
         tests, views = question.task.test, question.views
         inputs = np.stack(
-            [encode_grid(view.apply(test.input), canvas) for test in tests for view in views]
+            [encode_grid(view.apply(test.input), question.side) for test in tests for view in views]
         )
         rows = self.table.rows(question, len(views)).repeat(len(tests), 1)
         tokens, halt_logits, act_steps = predict(self.model, inputs, rows, self.config)
@@ -173,17 +174,10 @@ def predict(
             halt_logits[left[done]] = outputs.q_halt.float().cpu().numpy()[done]
             if done.any():
                 left = left[~done]
-                keep = torch.from_numpy(np.flatnonzero(~done)).to(device)
+                keep = np.flatnonzero(~done).tolist()
                 rows = rows[keep]
                 batch = {name: value[keep] for name, value in batch.items()}
-                carry = replace(
-                    carry,
-                    z_H=carry.z_H[keep],
-                    z_L=carry.z_L[keep],
-                    steps=carry.steps[keep],
-                    halted=carry.halted[keep],
-                    current={name: value[keep] for name, value in carry.current.items()},
-                )
+                carry = carry.take(keep, inputs.shape[1])
     return tokens, halt_logits, spent
 
 
@@ -194,9 +188,12 @@ def said_to(model: TRM, rows: Rows, batch_size: int) -> npt.NDArray[np.uint8]:
     identifiers = torch.from_numpy(np.asarray(rows["puzzle_identifiers"])).long()
     puzzle_rows = model.puzzle_table[identifiers.to(model.puzzle_table.device)]
     config = EvaluationConfig(batch_size=batch_size)
-    tokens, _, _ = predict(model, np.asarray(rows["inputs"], np.uint8), puzzle_rows, config)
+    said = np.full(rows["inputs"].shape, PAD, np.uint8)
+    for mine, part in by_side(rows, rows["side"].tolist()):
+        tokens, _, _ = predict(model, part["inputs"], puzzle_rows[mine], config)
+        said[mine, : tokens.shape[1]] = tokens
     model.train(was_training)
-    return tokens
+    return said
 
 
 def exact(said: npt.NDArray[np.uint8], labels: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:

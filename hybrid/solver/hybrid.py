@@ -141,7 +141,7 @@ class HybridSolver(nn.Module):
     def begin(self, batch: Batch, puzzle_rows: Tensor, encoding: Encoding | None) -> Rows:
         """Rows before their first attempt. `encoding` of the same rows, None without a reader."""
         count = len(batch["inputs"])
-        z_H, z_L = self.trm.fresh_states(count)
+        z_H, z_L = self.trm.fresh_states(batch["inputs"])
         return Rows(
             numbers=torch.arange(count, device=z_H.device),
             current=dict(batch),
@@ -160,11 +160,13 @@ class HybridSolver(nn.Module):
         if self.to_latent is not None and self.to_text is not None:
             assert self.reader is not None and rows.encoding is not None
             latent = self.to_text(rows.z_H, rows.z_L)
+            positions = rows.z_H.shape[1]
             hidden, reasoning, llm_tokens = self.reader.read(
                 rows.encoding, latent, rows.histories, recompute
             )
             delta = {
-                state: value.to(self.trm.dtype) for state, value in self.to_latent(hidden).items()
+                state: value.to(self.trm.dtype)
+                for state, value in self.to_latent(hidden, self.trm.places(positions)).items()
             }
         z_H = rows.z_H + delta["z_H"] if "z_H" in delta else rows.z_H
         z_L = rows.z_L + delta["z_L"] if "z_L" in delta else rows.z_L

@@ -6,6 +6,7 @@ demonstrations and its input; the rows make their attempts, and the loss is summ
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hybrid.arc import PAD
 from hybrid.config import Config
 from hybrid.context import RunContext
 from hybrid.dataset import Dataset, Stream
-from hybrid.dataset.stream import Rows
+from hybrid.dataset.stream import Rows, by_side
 from hybrid.evaluate import Validation, play, validate
 from hybrid.llm import open_reader
 from hybrid.solver import Attempt, HybridSolver, Judge, Nothing, Oracle, attempts, read_out
@@ -66,16 +68,18 @@ class Joint:
         hidden = []
         for first in range(0, CALIBRATION_ROWS, size):
             places = np.arange(first, min(first + size, CALIBRATION_ROWS))
-            rows, problems = self.stream.rows(places), self.stream.problems(places)
-            inputs = torch.from_numpy(np.asarray(rows["inputs"])).int().to(device)
-            blank = self.state.trm.puzzle_table[:1].repeat(len(inputs), 1)
-            encoding = self.reader.encode([self.reader.prompt(task) for task in problems])
-            begun = self.solver.begin({"inputs": inputs}, blank, encoding)
-            most = min(2, self.config.training.max_attempts)
-            judge, history = self._judge(None), self.config.feedback.history
-            for attempt in attempts(self.solver, begun, judge, most=most, history=history):
-                assert attempt.reading.hidden is not None
-                hidden.append(attempt.reading.hidden)
+            rows = self.stream.rows(places)
+            for mine, part in by_side(rows, rows["side"].tolist()):
+                inputs = torch.from_numpy(part["inputs"]).int().to(device)
+                blank = self.state.trm.puzzle_table[:1].repeat(len(inputs), 1)
+                problems = self.stream.problems(places[mine])
+                encoding = self.reader.encode([self.reader.prompt(task) for task in problems])
+                begun = self.solver.begin({"inputs": inputs}, blank, encoding)
+                most = min(2, self.config.training.max_attempts)
+                judge, history = self._judge(None), self.config.feedback.history
+                for attempt in attempts(self.solver, begun, judge, most=most, history=history):
+                    assert attempt.reading.hidden is not None
+                    hidden.append(attempt.reading.hidden)
         # The sums of several workers round differently; the first one's are everybody's.
         self.solver.to_latent.calibrate(torch.cat(hidden))
         for statistic in (self.solver.to_latent.mean, self.solver.to_latent.std):
@@ -90,10 +94,19 @@ class Joint:
         # A slot has just taken its row: that row's place in the stream is one back.
         places = (state.taken.numpy() - 1) * training.batch_size + np.array(state.slots)
         ids = self._puzzle_ids(batch)
-        puzzle_rows = state.trm.puzzle_table[ids.long()].detach().requires_grad_()
-        loss, sums = self._attempts(batch, puzzle_rows, places)
-        grads = puzzle_rows.grad
-        move(state, loss, ids, grads, self.rates, training, total_steps, self.context)
+        row_grads = state.trm.puzzle_table.new_zeros(len(ids), state.trm.config.puzzle_emb_ndim)
+        loss = torch.zeros((), device=ids.device)
+        sums: Sums = {}
+        least = self._least()
+        for slots, rows in by_side(batch, batch["side"].tolist()):
+            puzzle_rows = state.trm.puzzle_table[ids[slots].long()].requires_grad_()
+            part, counted = self._attempts(rows, puzzle_rows, places[slots], least[slots].tolist())
+            loss = loss + part
+            for name, value in counted.items():
+                sums[name] = sums.get(name, 0) + value
+            if puzzle_rows.grad is not None:
+                row_grads[slots] = puzzle_rows.grad
+        move(state, loss, ids, row_grads, self.rates, training, total_steps, self.context)
         return sums
 
     def probe(self, stream: Stream, count: int) -> Rows:
@@ -104,23 +117,26 @@ class Joint:
         table = self.state.trm.puzzle_table
         self.solver.eval()
         size = min(self.config.training.batch_size, self.config.evaluation.batch_size)
-        said = []
+        said = np.full_like(inputs, PAD)
         for first in range(0, len(inputs), size):
-            part = slice(first, first + size)
-            prompts = None
-            if self.reader:
-                prompts = [self.reader.prompt(task) for task in problems[part]]
-            played = play(
-                self.solver,
-                inputs[part],
-                table[ids[part].to(table.device)],
-                prompts,
-                self._judge(None),
-                most=self.config.training.max_attempts,
-                history=self.config.feedback.history,
-            )
-            said += [turns[-1].tokens for turns in played]
-        return {**rows, "said": np.stack(said)}
+            few = {name: value[first : first + size] for name, value in rows.items()}
+            for chosen, part in by_side(few, few["side"].tolist()):
+                mine = np.arange(first, first + len(few["side"]))[chosen]
+                prompts = None
+                if self.reader:
+                    prompts = [self.reader.prompt(problems[n]) for n in mine]
+                played = play(
+                    self.solver,
+                    part["inputs"],
+                    table[ids[mine].to(table.device)],
+                    prompts,
+                    self._judge(None),
+                    most=self.config.training.max_attempts,
+                    history=self.config.feedback.history,
+                )
+                for n, turns in zip(mine, played, strict=True):
+                    said[n, : len(turns[-1].tokens)] = turns[-1].tokens
+        return {**rows, "said": said}
 
     def validate(self, checkpoint: Path) -> Validation:
         """See `hybrid.evaluate.validate`. A language model that learns is opened once more: the
@@ -137,7 +153,11 @@ class Joint:
         }
 
     def _attempts(
-        self, batch: Batch, puzzle_rows: Tensor, places: np.ndarray[Any, Any]
+        self,
+        batch: Batch,
+        puzzle_rows: Tensor,
+        places: np.ndarray[Any, Any],
+        least: Sequence[int],
     ) -> tuple[Tensor, Sums]:
         """Backward over windows of attempts; returns the loss and sums for metrics."""
         training = self.config.training
@@ -154,7 +174,7 @@ class Joint:
             self._judge(batch),
             most=training.max_attempts,
             history=self.config.feedback.history,
-            least=self._least(),
+            least=least,
             bptt=training.bptt_attempts,
             recompute=training.recompute,
         ):
@@ -180,15 +200,14 @@ class Joint:
         answers = [read_out(a.astype(np.uint8), b.astype(np.uint8))[0] for a, b in pairs]
         return Oracle(feedback, answers)
 
-    def _least(self) -> list[int]:
-        """Attempts that rows make at least: exploration as in the published halting."""
+    def _least(self) -> Tensor:
+        """[slots] attempts that rows make at least: exploration as in the published halting."""
         training, trm = self.config.training, self.config.trm
         explore, least = exploration(
             training.seed, self.state.step, training.batch_size, self.state.slots
         )
         minimum = 2 + (least * (training.max_attempts - 1)).long()
-        drawn: list[int] = torch.where(explore < trm.halt_exploration_prob, minimum, 1).tolist()
-        return drawn
+        return torch.where(explore < trm.halt_exploration_prob, minimum, 1)
 
     def _puzzle_ids(self, batch: Batch) -> Tensor:
         """[slots]: the rows' own, or the blank one where it is drawn."""

@@ -45,6 +45,10 @@ def check(config: Config, kind: str, sections: tuple[str, ...]) -> None:
     total_steps(config, len(training_stream(config, dataset)))
     if kind == "hybrid":
         check_feedback(config)
+    if dataset.bucketed and config.trm.mlp_t:
+        raise UserError(
+            "trm.mlp_t: has a weight for every cell of the full canvas; prepare data.canvas=full"
+        )
     worker_slots(config.training.batch_size, 0, max(1, config.cluster.num_workers))
     resumed = newest(config.run_folder / CHECKPOINTS)
     if resumed:
@@ -85,6 +89,17 @@ def refuse_changes(
     ]
     if changed:
         raise UserError(f"{where}: holds a run of another config ({'; '.join(changed)})")
+    placing = checkpoint.state["dataset"].get("canvas")
+    if placing is None:
+        raise UserError(
+            f"{where}: holds a run of an older version, which knew one canvas; start from it with"
+            " trm.init_from"
+        )
+    if placing != dataset.placing:
+        raise UserError(
+            f"{where}: holds a run with data.canvas={placing}, {dataset.folder} has"
+            f" {dataset.placing}"
+        )
     if checkpoint.state["dataset"]["fingerprint"] != dataset.fingerprint:
         raise UserError(f"{where}: holds a run on another dataset than {dataset.folder}")
 

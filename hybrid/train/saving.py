@@ -126,6 +126,9 @@ def _describe(
         "world_size": context.world_size,
         "trm": asdict(state.trm.config),
         "config": to_dict(config),
-        "dataset": {key: dataset.meta[key] for key in ("fingerprint", "counts", "sources")},
+        "dataset": {
+            **{key: dataset.meta[key] for key in ("fingerprint", "counts", "sources")},
+            "canvas": dataset.placing,
+        },
         "versions": {"arc-hybrid": __version__, "torch": torch.__version__},
     }

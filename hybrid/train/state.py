@@ -221,14 +221,7 @@ def _restore_slots(state: TrainState, checkpoint: Checkpoint) -> None:
 def _slots(state: TrainState) -> dict[str, Any]:
     if not isinstance(state.model, TRM):
         return {"taken": state.taken}
-    return {
-        "z_H": state.carry.z_H,
-        "z_L": state.carry.z_L,
-        "steps": state.carry.steps,
-        "halted": state.carry.halted,
-        "taken": state.taken,
-        **{f"current.{name}": value for name, value in state.carry.current.items()},
-    }
+    return {**state.carry.tensors(), "taken": state.taken}
 
 
 def slots_name(slots: range) -> str:
@@ -239,4 +232,9 @@ def slots_name(slots: range) -> str:
 def _no_rows(slots: int, positions: int, device: torch.device) -> dict[str, Tensor]:
     tokens = torch.zeros(slots, positions, dtype=torch.int32, device=device)
     identifiers = torch.zeros(slots, dtype=torch.int32, device=device)
-    return {"inputs": tokens, "labels": tokens.clone(), "puzzle_identifiers": identifiers}
+    return {
+        "inputs": tokens,
+        "labels": tokens.clone(),
+        "puzzle_identifiers": identifiers,
+        "side": identifiers.clone(),
+    }

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hybrid.config import TrainingConfig
 from hybrid.context import RunContext
+from hybrid.dataset.stream import by_side
 from hybrid.train.state import TrainState
 from hybrid.trm import Batch, act_loss, learning_rate, sign_sgd_
 
@@ -25,24 +26,41 @@ def train_step(
 ) -> Sums:
     """Advance the TRM by one step; returns this worker's sums for metrics.
 
+    `batch` has new rows for the slots that have halted, and for all slots the side of their canvas,
+    as `Feed.refill` makes it; rows on different canvases go through the model one after the other.
     The order is the published one: count, forward, backward, puzzle table, weights, average. The
     loss is summed over rows and divided by the *global* batch, gradients are summed over workers.
     """
     state.step += 1
     state.model.train()
     clear_gradients(state)
-    explore, least = exploration(config.seed, state.step, config.batch_size, state.slots)
-    draws = explore.to(context.device), least.to(context.device)
-    carry, outputs = state.trm.act_step(state.carry, batch, exploration=draws)
-    loss, sums = act_loss(
-        outputs.logits, outputs.q_halt, carry.current["labels"], carry.steps, carry.halted
-    )
-    torch.autograd.backward(loss / config.batch_size)
-    rows = outputs.puzzle_rows
-    ids = carry.current["puzzle_identifiers"]
+    draws = exploration(config.seed, state.step, config.batch_size, state.slots)
+    explore, least = draws.to(context.device)
+    ids = torch.zeros_like(batch["puzzle_identifiers"])
+    row_grads = torch.zeros(len(ids), state.trm.config.puzzle_emb_ndim, device=context.device)
+    loss = torch.zeros((), dtype=torch.float64, device=context.device)
+    sums: Sums = {}
+    parts = []
+    for slots, rows in by_side(batch, batch["side"].tolist()):
+        carry, outputs = state.trm.act_step(
+            state.carry.take(slots, rows["inputs"].shape[1]),
+            rows,
+            exploration=(explore[slots], least[slots]),
+        )
+        part, counted = act_loss(
+            outputs.logits, outputs.q_halt, carry.current["labels"], carry.steps, carry.halted
+        )
+        torch.autograd.backward(part / config.batch_size)
+        loss += part.detach()
+        for name, value in counted.items():
+            sums[name] = sums.get(name, 0) + value
+        ids[slots] = carry.current["puzzle_identifiers"]
+        if outputs.puzzle_rows is not None and outputs.puzzle_rows.grad is not None:
+            row_grads[slots] = outputs.puzzle_rows.grad
+        parts.append((slots, carry))
     rates = dict.fromkeys(state.optimizer.parameters, config.lr)
-    move(state, loss, ids, None if rows is None else rows.grad, rates, config, total_steps, context)
-    state.carry = carry
+    move(state, loss, ids, row_grads, rates, config, total_steps, context)
+    state.carry = state.carry.put(parts)
     return sums
 
 
@@ -56,7 +74,7 @@ def move(
     state: TrainState,
     loss: Tensor,
     ids: Tensor,
-    row_grads: Tensor | None,
+    row_grads: Tensor,
     rates: Mapping[str, float],
     config: TrainingConfig,
     total_steps: int,
@@ -70,7 +88,7 @@ def move(
     parameters = state.optimizer.parameters.values()
     _sum_gradients(parameters, context)
     ids = context.gather(ids, config.batch_size)
-    row_grads = None if row_grads is None else context.gather(row_grads, config.batch_size)
+    row_grads = context.gather(row_grads, config.batch_size)
     _refuse_non_finite(state, loss, row_grads, ids, context)
     if config.clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
@@ -84,24 +102,22 @@ def move(
             min_ratio=config.lr_min_ratio,
         )
 
-    if row_grads is not None:
-        sign_sgd_(
-            state.trm.puzzle_table,
-            ids,
-            row_grads,
-            lr=rate(config.puzzle_lr),
-            weight_decay=config.puzzle_weight_decay,
-        )
+    sign_sgd_(
+        state.trm.puzzle_table,
+        ids,
+        row_grads,
+        lr=rate(config.puzzle_lr),
+        weight_decay=config.puzzle_weight_decay,
+    )
     frozen = state.step <= config.freeze_trunk * total_steps
     state.optimizer.step({name: 0.0 if frozen else rate(base) for name, base in rates.items()})
     state.average.update()
 
 
-def exploration(seed: int, step: int, batch_size: int, slots: range) -> tuple[Tensor, Tensor]:
-    """Uniform draws of a step for some slots; every worker draws for the whole batch and cuts."""
+def exploration(seed: int, step: int, batch_size: int, slots: range) -> Tensor:
+    """[2, slots] uniform draws of a step; every worker draws for the whole batch and cuts."""
     draws = np.random.default_rng([seed, step]).random((2, batch_size), dtype=np.float32)
-    explore, least = torch.from_numpy(draws[:, slots.start : slots.stop])
-    return explore, least
+    return torch.from_numpy(draws[:, slots.start : slots.stop])
 
 
 def _sum_gradients(parameters: Iterable[Tensor], context: RunContext) -> None:
@@ -116,15 +132,14 @@ def _sum_gradients(parameters: Iterable[Tensor], context: RunContext) -> None:
 
 
 def _refuse_non_finite(
-    state: TrainState, loss: Tensor, row_grads: Tensor | None, ids: Tensor, context: RunContext
+    state: TrainState, loss: Tensor, row_grads: Tensor, ids: Tensor, context: RunContext
 ) -> None:
     """Raise Diverged on every worker if anything is not finite on one."""
     sound = loss.detach().isfinite()
     for parameter in state.optimizer.parameters.values():
         assert parameter.grad is not None
         sound = sound & parameter.grad.isfinite().all()
-    if row_grads is not None:
-        sound = sound & row_grads.isfinite().all()
+    sound = sound & row_grads.isfinite().all()
     if int(context.sum_((~sound).int())):
         state.step -= 1
         raise Diverged(

@@ -40,10 +40,10 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def rotary_table(positions: int, dim: int, base: float, device: torch.device) -> Rotary:
-    """(cos, sin), each [positions, dim], for half-split pairing (RoFormer, arXiv 2104.09864)."""
-    frequency = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
-    angle = torch.outer(torch.arange(positions, dtype=torch.float32, device=device), frequency)
+def rotary_table(places: Tensor, dim: int, base: float) -> Rotary:
+    """(cos, sin), each [places, dim], for half-split pairing (RoFormer, arXiv 2104.09864)."""
+    even = torch.arange(0, dim, 2, dtype=torch.float32, device=places.device)
+    angle = torch.outer(places.float(), 1.0 / base ** (even / dim))
     angle = torch.cat((angle, angle), dim=-1)
     return angle.cos(), angle.sin()
 

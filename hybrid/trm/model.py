@@ -11,7 +11,7 @@ one supervision; a row lives for up to `halt_max_steps` of them, its carry detac
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -25,6 +25,10 @@ from hybrid.trm.layers import Block, Linear, Rotary, rotary_table, truncated_nor
 
 Batch = Mapping[str, Tensor]
 """inputs [B, L], puzzle_identifiers [B] and, where there is an answer, labels [B, L]."""
+
+
+Slots = list[int] | slice
+"""Which slots; `slice(None)` for all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,39 @@ class Carry:
     """[B] bool: the slot starts afresh, with new data, in the next ACT step."""
     current: dict[str, Tensor]
     """The batch's tensors as the slots hold them."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything in it, [slots, ...] each, by name; `of` takes it back."""
+        own = {name: getattr(self, name) for name in ("z_H", "z_L", "steps", "halted")}
+        return own | {f"current.{name}": value for name, value in self.current.items()}
+
+    @staticmethod
+    def of(tensors: Mapping[str, Tensor]) -> Carry:
+        """A carry of what `tensors` gives."""
+        own = {name: value for name, value in tensors.items() if "." not in name}
+        current = {name.partition(".")[2]: tensors[name] for name in tensors.keys() - own.keys()}
+        return Carry(**own, current=current)
+
+    def take(self, slots: Slots, cells: int) -> Carry:
+        """Some slots, whose rows stand on a canvas of `cells` cells: all tensors are cut to it."""
+        less = self.current["inputs"].shape[1] - cells
+        return Carry.of(
+            {
+                name: value[slots, : value.shape[1] - less] if value.dim() > 1 else value[slots]
+                for name, value in self.tensors().items()
+            }
+        )
+
+    def put(self, parts: Sequence[tuple[Slots, Carry]]) -> Carry:
+        """All slots, when parts that hold all of them have gone on; beyond their canvas zeros."""
+        if len(parts) == 1 and parts[0][1].z_H.shape == self.z_H.shape:
+            return parts[0][1]
+        whole = {name: torch.zeros_like(value) for name, value in self.tensors().items()}
+        for slots, part in parts:
+            for name, value in part.tensors().items():
+                cut = (slots, slice(value.shape[1])) if value.dim() > 1 else slots
+                whole[name][cut] = value
+        return Carry.of(whole)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +124,7 @@ class TRM(nn.Module):
         self.register_buffer("L_init", torch.empty(D))
         table = torch.zeros(config.num_puzzle_identifiers, config.puzzle_emb_ndim)
         self.register_buffer("puzzle_table", table)
-        self._rotary: Rotary | None = None
+        self._rotary: dict[int, Rotary] = {}
         self.init_weights(seed)
 
     def init_weights(self, seed: int) -> None:
@@ -107,6 +144,13 @@ class TRM(nn.Module):
         truncated_normal_(self.L_init, 1.0, generator)
         self.puzzle_table.zero_()
 
+    def fuse(self) -> None:
+        """Compute the blocks by compiled kernels from now on: norms, rotations and gates without
+        tensors in between. Compiled once for each canvas and kind of gradient; a batch of another
+        size compiles once more, for all sizes. Numbers differ by rounding.
+        """
+        self._blocks = torch.compile(self._blocks)  # type: ignore[method-assign]
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype the recursion computes in."""
@@ -119,8 +163,8 @@ class TRM(nn.Module):
     def initial_carry(self, batch: Batch) -> Carry:
         """A carry whose slots are all halted: the first ACT step fills them from its batch."""
         tokens = batch["inputs"]
-        B = tokens.shape[0]
-        shape = (B, self.config.positions, self.config.hidden_size)
+        B, cells = tokens.shape
+        shape = (B, self.config.prefix + cells, self.config.hidden_size)
         # Zeros, not empty: memory that happens to hold NaN must not reach `where`'s gradient.
         return Carry(
             z_H=torch.zeros(shape, dtype=self.dtype, device=tokens.device),
@@ -130,9 +174,10 @@ class TRM(nn.Module):
             current={name: torch.zeros_like(value) for name, value in batch.items()},
         )
 
-    def fresh_states(self, rows: int) -> tuple[Tensor, Tensor]:
-        """(z_H, z_L) that every row starts from, [rows, P+L, D] each."""
-        shape = (rows, self.config.positions, self.config.hidden_size)
+    def fresh_states(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(z_H, z_L) that token rows [B, L] start from, [B, P+L, D] each."""
+        rows, cells = tokens.shape
+        shape = (rows, self.config.prefix + cells, self.config.hidden_size)
         z_H, z_L = (init.to(self.dtype).expand(shape) for init in (self.H_init, self.L_init))
         return z_H, z_L
 
@@ -218,8 +263,10 @@ class TRM(nn.Module):
         return self._net(z_H, z_L), z_L
 
     def _net(self, h: Tensor, inject: Tensor) -> Tensor:
+        return self._blocks(h, inject, self._rotary_of(h.shape[1], h.device))
+
+    def _blocks(self, h: Tensor, inject: Tensor, rotary: Rotary | None) -> Tensor:
         h = h + inject
-        rotary = self._positions(h.device)
         for block in self.blocks:
             h = block(h, rotary)
         return h
@@ -238,7 +285,9 @@ class TRM(nn.Module):
             padded = F.pad(rows, (0, P * D - rows.shape[-1]))
             x = torch.cat((padded.view(-1, P, D), x), dim=1)
         if self.config.pos_encodings == "learned":
-            x = 0.707106781 * (x + self.embed_pos.to(self.dtype))
+            places = self.places(x.shape[1])
+            there = self.embed_pos if places is None else self.embed_pos[places]
+            x = 0.707106781 * (x + there.to(self.dtype))
         return x * math.sqrt(D), puzzle_rows
 
     def _refill(self, carry: Carry, batch: Batch) -> Carry:
@@ -269,13 +318,32 @@ class TRM(nn.Module):
         minimum = (explore < self.config.halt_exploration_prob) * (2 + (least * (most - 1)).long())
         return (last | (q_halt > 0)) & (steps >= minimum)
 
-    def _positions(self, device: torch.device) -> Rotary | None:
+    def _rotary_of(self, positions: int, device: torch.device) -> Rotary | None:
+        """Angles of the cells of a canvas, which may be smaller than the full one."""
         if self.config.pos_encodings != "rope" or self.config.mlp_t:
             return None
-        if self._rotary is None or self._rotary[0].device != device:
+        known = self._rotary.get(positions)
+        if known is None or known[0].device != device:
             dim = self.config.hidden_size // self.config.num_heads
             # Not an inference tensor, whatever mode the first caller is in: training uses it too.
             with torch.inference_mode(False):
-                table = rotary_table(self.config.positions, dim, self.config.rope_theta, device)
-            self._rotary = table
-        return self._rotary
+                places = self.places(positions)
+                if places is None:
+                    places = torch.arange(positions)
+                known = rotary_table(places.to(device), dim, self.config.rope_theta)
+            self._rotary[positions] = known
+        return known
+
+    def places(self, positions: int) -> Tensor | None:
+        """[positions] int64: where prefix and cells of a smaller canvas stand on the full one.
+
+        None for the full canvas. Both are square and share the top-left corner.
+        """
+        P, side = self.config.prefix, math.isqrt(self.config.seq_len)
+        if positions == self.config.positions:
+            return None
+        small = math.isqrt(positions - P)
+        assert P + small**2 == positions and small < side, f"{positions} positions are no canvas"
+        assert not self.config.mlp_t, "mlp_t has a weight for every position of the full canvas"
+        rows, columns = torch.arange(small)[:, None], torch.arange(small)
+        return torch.cat((torch.arange(P), (P + rows * side + columns).flatten()))

@@ -131,11 +131,11 @@ def as_predicted(task: Task, outcome: Outcome) -> Task:
 
 def test_a_question_with_an_answer_is_refused(arc1: Arc) -> None:
     task = arc1[ASKED[0]]
-    Question(task=task.without_answers(), views=(), identifiers=range(0))
+    Question(task=task.without_answers(), side=5, views=(), identifiers=range(0))
     half = replace(task, test=(task.test[0], *task.without_answers().test[1:]))
     for leaking in (task, half):
         with pytest.raises(AssertionError, match="an answer in a question"):
-            Question(task=leaking, views=(), identifiers=range(0))
+            Question(task=leaking, side=5, views=(), identifiers=range(0))
 
 
 def test_every_task_is_asked_without_answers_in_all_its_views(ask: Ask) -> None:

@@ -56,6 +56,7 @@ def question(dataset: Dataset, task_id: str, views: int = 6) -> Question:
     first = int(dataset.first_variant[task])
     return Question(
         task=dataset.tasks[task].without_answers(),
+        side=int(dataset.sides[task]),
         views=tuple(dataset.augmentation(v) for v in range(first, first + views)),
         identifiers=range(first + 1, first + views + 1),
     )

@@ -121,7 +121,7 @@ def test_the_scale_is_that_of_the_language_model(case_of: Cases) -> None:
     case = case_of()
     backbone = case.solver.reader.backbone
     table = backbone.model.get_input_embeddings().weight
-    said = case.solver.to_text(*case.solver.trm.fresh_states(3))
+    said = case.solver.to_text(*case.solver.trm.fresh_states(case.batch["inputs"]))
     assert said.shape == (3, 2, table.shape[1])
     ratio = said.square().mean().sqrt() / table.square().mean().sqrt()
     assert ratio.item() == pytest.approx(1, rel=1e-2)

@@ -184,7 +184,7 @@ def test_the_full_gradient_has_the_published_numbers(
     case_of: Cases, recompute: bool, dtype: str
 ) -> None:
     case = case_of(shaken=True, inject="none", H_cycles=3, forward_dtype=dtype)
-    trm, states = case.solver.trm.float(), case.solver.trm.fresh_states(3)
+    trm, states = case.solver.trm.float(), case.solver.trm.fresh_states(case.batch["inputs"])
     found = [
         trm.think(case.batch, *states, puzzle_rows=case.puzzle_rows, **how)
         for how in ({}, {"full_gradient": True, "recompute": recompute})

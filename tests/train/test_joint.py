@@ -240,13 +240,13 @@ def test_every_row_gets_a_gradient_through_the_language_model_at_every_attempt(
     latents: list[Tensor] = []
     hidden: list[Tensor] = []
 
-    def keep(module: Any, given: tuple[Tensor], made: dict[str, Tensor]) -> None:
+    def keep(module: Any, given: tuple[Any, ...], made: dict[str, Tensor]) -> None:
         if not torch.is_grad_enabled():
             return
-        for value in (*given, *made.values()):
+        for value in (given[0], *made.values()):
             value.retain_grad()
         latents.extend(made.values())
-        hidden.extend(given)
+        hidden.append(given[0])
 
     learner.solver.to_latent.register_forward_hook(keep)
     dataset = Dataset.open(learner.config.data_folder)

@@ -43,6 +43,7 @@ def test_six_steps_are_the_published_trainers(golden: Path) -> None:
     )
     batches = [
         {k.removeprefix("batch."): v[i] for k, v in recorded.items() if k.startswith("batch.")}
+        | {"side": torch.full((4,), 10, dtype=torch.int32)}
         for i in range(6)
     ]
     state = state_of(upstream.load(unpack(file), **about["config"]), config, batches[0])

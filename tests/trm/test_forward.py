@@ -35,9 +35,13 @@ def batch_in(recorded: dict[str, torch.Tensor], prefix: str = "batch.") -> dict[
 
 
 @torch.inference_mode()
-def worst_differences(golden: Path, name: str, **changes: Any) -> dict[str, float]:
+def worst_differences(
+    golden: Path, name: str, *, fused: bool = False, **changes: Any
+) -> dict[str, float]:
     """Largest absolute difference of every recorded output, first and last ACT step."""
     model, recorded = published(golden, name, **changes)
+    if fused:
+        model.fuse()
     batch = batch_in(recorded)
     worst: dict[str, float] = {}
 
@@ -67,11 +71,17 @@ def worst_differences(golden: Path, name: str, **changes: Any) -> dict[str, floa
     return worst
 
 
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=slow)])
 @pytest.mark.parametrize(
     ("name", "limit"), [(ATTENTION, 2e-5), (MLP_T, 3e-4), (ATTENTION + "_bf16", 0.15)]
 )
-def test_act_steps_are_the_published_ones(golden: Path, name: str, limit: float) -> None:
-    worst = worst_differences(golden, name)
+def test_act_steps_are_the_published_ones(
+    golden: Path, name: str, limit: float, fused: bool
+) -> None:
+    worst = worst_differences(golden, name, fused=fused)
     assert len(worst) == 8
     assert max(worst.values()) <= limit, worst
 

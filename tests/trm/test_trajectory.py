@@ -20,13 +20,18 @@ def recorded(golden: Path) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(file[name]) for name in file if file[name].ndim}
 
 
-@pytest.fixture(scope="module")
-def run(golden: Path, recorded: dict[str, torch.Tensor]) -> SimpleNamespace:
+@pytest.fixture(scope="module", params=["plain", pytest.param("fused", marks=pytest.mark.slow)])
+def run(
+    golden: Path, recorded: dict[str, torch.Tensor], request: pytest.FixtureRequest
+) -> SimpleNamespace:
     """Our own six steps, in the published order: puzzle table, weights, moving average."""
     about = json.loads((golden / "C_train_traj_tiny.json").read_text())
     hyper = SimpleNamespace(**about["hyper"])
     start = unpack(np.load(golden / "C_train_traj_tiny.npz"))
     model = upstream.load(start, **about["config"]).train()
+    fused = request.param == "fused"
+    if fused:
+        model.fuse()
     weights = dict(model.named_parameters())
     columns = {"model." + upstream.published_name(name): p for name, p in weights.items()}
     assert columns.keys() == set(about["grad_norm_columns"])
@@ -70,7 +75,7 @@ def run(golden: Path, recorded: dict[str, torch.Tensor]) -> SimpleNamespace:
         model.zero_grad()
         steps.append(step | {"puzzle_emb_weights": model.puzzle_table.clone()})
     stacked = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
-    return SimpleNamespace(steps=stacked, model=model, average=average)
+    return SimpleNamespace(steps=stacked, model=model, average=average, fused=fused)
 
 
 def test_loss_and_metrics(run: SimpleNamespace, recorded: dict[str, torch.Tensor]) -> None:
@@ -78,7 +83,9 @@ def test_loss_and_metrics(run: SimpleNamespace, recorded: dict[str, torch.Tensor
     assert len(names) == 8
     for name in names:
         ours, theirs = run.steps[name].double(), recorded[f"step.{name}"]
-        torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=1e-12, msg=name)
+        # Compiled kernels round the halting loss, a third of the whole, to 2.6e-6.
+        limit = 4e-6 if run.fused and name == "metric.q_halt_loss" else 2e-6
+        torch.testing.assert_close(ours, theirs, rtol=limit, atol=1e-12, msg=name)
 
 
 def test_who_halts_and_what_the_slots_hold(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hybrid.trm.layers import rms_norm, rotary_table, rotate
 
-ROTARY = rotary_table(7, 8, 10_000.0, torch.device("cpu"))
+ROTARY = rotary_table(torch.arange(7), 8, 10_000.0)
 
 
 @pytest.mark.parametrize(

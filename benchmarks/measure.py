@@ -1,0 +1,119 @@
+"""Two things measured in turns, so that a machine that slows down slows both, and their ratio."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+HISTORY = RESULTS / "history.jsonl"
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Of one call; what it has asked of a GPU is waited for."""
+    _wait()
+    started = time.perf_counter()
+    work()
+    _wait()
+    return time.perf_counter() - started
+
+
+def in_turns(
+    sides: Mapping[str, Callable[[], object]], *, rounds: int, calls: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of a call of each side, `rounds` times in turns, each the mean of `calls` calls."""
+
+    def several(work: Callable[[], object]) -> None:
+        for _ in range(calls):
+            work()
+
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, work in sides.items():
+            seconds[name].append(seconds_of(lambda work=work: several(work)) / calls)
+    return seconds
+
+
+def faster(base: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
+    """How many times faster `ours` is, round by round: the median and the middle half."""
+    ratios = sorted(b / o for b, o in zip(base, ours, strict=True))
+    low, middle, high = (
+        statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    )
+    return {"median": round(middle, 3), "from": round(low, 3), "to": round(high, 3)}
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    about: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "commit": _commit(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if torch.cuda.is_available():
+        about["gpu"] = torch.cuda.get_device_name()
+        about["cuda"] = torch.version.cuda
+    return about
+
+
+def record(name: str, found: Any) -> dict[str, Any]:
+    """Write results/{name}.json anew and add a line to results/history.jsonl."""
+    report = {"benchmark": name, **machine(), "found": found}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    with HISTORY.open("a") as history:
+        history.write(json.dumps(report) + "\n")
+    return report
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with the same keys as aligned text."""
+    header = list(rows[0])
+    cells = [header, *([_text(row[name]) for name in header] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    )
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{value['median']:.2f} ({value['from']:.2f}-{value['to']:.2f})"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _commit() -> str:
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=RESULTS.parent,
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor()

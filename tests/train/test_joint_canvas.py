@@ -1,0 +1,220 @@
+"""The hybrid's step on canvases of two sides: every row is read, told and drawn as if alone."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_close, hybrid_of, undecided, write_tasks
+from torch import Tensor
+
+from hybrid.adapters import AdapterConfig, TextToLatentAdapter
+from hybrid.arc import Task
+from hybrid.config import Config
+from hybrid.context import LocalContext
+from hybrid.dataset import Dataset, prepare
+from hybrid.solver import attempts
+from hybrid.train import Joint, joint
+from hybrid.train.feed import Feed
+from hybrid.train.plan import training_stream
+from hybrid.trm import act_loss
+
+CPU = LocalContext(torch.device("cpu"))
+TRAINED = ("0d3d703e", "74dd1130", "29c11459", "10fcaaa3")
+"""Sides 3, 3, 11 and, with the answer, 12."""
+SIX = range(6)
+
+
+def config_on(root: Path, run: str, **sections: dict[str, Any]) -> Config:
+    fixed: dict[str, dict[str, Any]] = {
+        "data": {"max_side": 12, "variants": 2, "canvas": "bucketed", "evaluation": []},
+        "trm": {"forward_dtype": "float64", "halt_exploration_prob": 0.5},
+        "llama": {"dtype": "float64", "max_prompt_tokens": 250, "batch_size": 3},
+        "adapter": {"inject": "both"},
+        "training": {
+            "max_attempts": 3,
+            "bptt_attempts": 2,
+            "steps": 2,
+            "probe_pairs": 0,
+            "seed": 28,  # three rows on each canvas, which explore differently
+        },
+        "logging": {"run": run},
+    }
+    return hybrid_of(root, **{s: fixed.get(s, {}) | sections.get(s, {}) for s in fixed | sections})
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, arc1: dict[str, Task]) -> Path:
+    root = tmp_path_factory.mktemp("joint-canvas")
+    write_tasks(root / "training", [arc1[task] for task in TRAINED])
+    config = config_on(root, "none")
+    prepare(config.data, config.data_folder, lambda line: None)
+    return root
+
+
+def learner_of(config: Config) -> tuple[Joint, dict[str, Tensor]]:
+    """A calibrated hybrid whose adapters speak, differently of every position, and a batch."""
+    learner = Joint(config, Dataset.open(config.data_folder), CPU, SIX)
+    draw = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, weight in learner.solver.named_parameters():
+            size = 0.02 if name.startswith("trm.") else 0.1
+            weight.add_(size * torch.randn(weight.shape, generator=draw))
+        undecided({f"trm.{k}": v for k, v in learner.state.trm.state_dict().items()})
+        learner.state.trm.puzzle_table.normal_(generator=draw)
+    learner.start()
+    stream = training_stream(config, Dataset.open(config.data_folder))
+    feed = Feed(CPU.rounds(stream, SIX, 6, 0), 0, learner.state.taken)
+    return learner, feed.refill(learner.state.carry)
+
+
+@pytest.mark.parametrize("source", ["confidence", "oracle"])
+def test_a_step_on_mixed_canvases_is_the_sum_of_its_rows_alone(
+    root: Path, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients of TRM and adapters, of puzzle rows, loss and attempts.
+
+    Confidence stops every row at once but those that explore; the oracle says how wrong each is.
+    """
+    config = config_on(root, "none", feedback={"source": source, "threshold": 0.0})
+    learner, batch = learner_of(config)
+    alone, same = learner_of(config)
+    for name, value in learner.solver.state_dict().items():
+        assert torch.equal(value, alone.solver.state_dict()[name]), name
+    assert all(torch.equal(value, same[name]) for name, value in batch.items())
+    assert batch["side"].tolist() == [12, 12, 12, 11, 11, 11]
+    given: list[Tensor] = []
+    monkeypatch.setattr(
+        "hybrid.train.step.sign_sgd_", lambda table, ids, grads, **keys: given.append(grads.clone())
+    )
+    sums = learner.step(batch, 100)
+
+    alone.state.step += 1
+    alone.solver.train()
+    least = alone._least().tolist()
+    assert alone.reader is not None
+    problems = alone.stream.problems(np.array(SIX))
+    rows, made, loss = [], 0, 0.0
+    for n, side in enumerate(batch["side"].tolist()):
+        row = {name: value[n : n + 1] for name, value in batch.items()}
+        row |= {name: row[name][:, : side**2] for name in ("inputs", "labels")}
+        ids = batch["puzzle_identifiers"][n : n + 1].long()
+        puzzle_rows = alone.state.trm.puzzle_table[ids].requires_grad_()
+        encoding = alone.reader.encode([alone.reader.prompt(problems[n])])
+        window = torch.zeros(())
+        for attempt in attempts(
+            alone.solver,
+            alone.solver.begin(row, puzzle_rows, encoding),
+            alone._judge(row),
+            most=3,
+            history=config.feedback.history,
+            least=[least[n]],
+            bptt=2,
+        ):
+            part, _ = act_loss(
+                attempt.outputs.logits,
+                attempt.outputs.q_halt,
+                row["labels"],
+                torch.tensor([attempt.number], dtype=torch.int32),
+                attempt.ended,
+            )
+            window = window + part / (6 * 3)
+            loss += float(part.detach())
+            made += 1
+            if attempt.cut:
+                window.backward()
+                window = torch.zeros(())
+        rows.append(puzzle_rows.grad)
+    for name, weight in learner.solver.named_parameters():
+        theirs = alone.solver.get_parameter(name).grad
+        assert theirs is not None and theirs.any(), name
+        torch.testing.assert_close(weight.grad, theirs, rtol=1e-4, atol=1e-7, msg=name)
+    torch.testing.assert_close(given[0], torch.cat(rows), rtol=1e-4, atol=1e-8)
+    assert float(sums["asked"]) == made
+    assert 6 < made < 18 if source == "confidence" else made == 18
+    assert float(sums["lm_loss"] + 0.5 * sums["q_halt_loss"]) == pytest.approx(loss, rel=1e-6)
+
+
+def test_the_adapter_speaks_to_the_cells_where_they_are() -> None:
+    """Table rows of the places that are given, and gradients to these alone."""
+    full, small, prefix, D = 6, 4, 2, 8
+    adapter = TextToLatentAdapter(24, prefix + full**2, D, AdapterConfig(hidden=16), 0)
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        adapter.mlp.layers[-1].weight.normal_(generator=draw)
+        adapter.positions.normal_(generator=draw)
+    places = [*range(prefix), *(prefix + full * r + c for r in range(small) for c in range(small))]
+    hidden = torch.randn(3, 24, generator=draw)
+    whole, few = adapter(hidden), adapter(hidden, torch.tensor(places))
+    for state, value in few.items():
+        assert value.shape == (3, len(places), D)
+        assert torch.equal(value, whole[state][:, places])
+    sum(value.square().sum() for value in few.values()).backward()
+    moved = adapter.positions.grad.any(-1).any(0).nonzero().flatten().tolist()
+    assert moved == places
+
+
+def test_a_step_tells_every_row_of_its_own_cells(root: Path) -> None:
+    """What the adapter adds at each attempt, seen from outside."""
+    learner, batch = learner_of(config_on(root, "none", feedback={"source": "none"}))
+    assert learner.solver.to_latent is not None
+    told: list[tuple[Any, dict[str, Tensor]]] = []
+    learner.solver.to_latent.register_forward_hook(
+        lambda module, given, made: told.append((given[1], made))
+    )
+    learner.step(batch, 100)
+    small = [0, *(1 + 12 * r + c for r in range(11) for c in range(11))]
+    seen = set()
+    for places, made in told:
+        cells = made["x"].shape[1] - 1
+        assert made.keys() == {"z_H", "z_L", "x"}
+        assert (places.tolist() if cells == 121 else places) == (small if cells == 121 else None)
+        assert len(made["x"]) == int((batch["side"] ** 2 == cells).sum())
+        seen.add(cells)
+    assert seen == {121, 144}
+
+
+def test_a_probe_plays_each_row_on_its_own_canvas(root: Path) -> None:
+    """In one batch or alone, and nothing is said beyond the canvas."""
+    said = []
+    for size in (6, 1):
+        config = config_on(root, "none", evaluation={"batch_size": size})
+        learner, _ = learner_of(config)
+        with torch.no_grad():
+            learner.state.trm.lm_head.weight.normal_(generator=torch.Generator().manual_seed(8))
+        said.append(learner.probe(learner.stream, 9))
+    assert set(said[0]["side"].tolist()) == {11, 12}
+    assert np.array_equal(said[0]["said"], said[1]["said"])
+    for n, side in enumerate(said[0]["side"].tolist()):
+        assert not said[0]["said"][n, side**2 :].any()
+        assert len(set(said[0]["said"][n, : side**2].tolist())) > 1
+
+
+def test_news_is_measured_on_every_row_with_its_own_problem(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three rows on two canvases at a time, or one row after the other: the same rows are read."""
+    monkeypatch.setattr(sys.modules["hybrid.train.joint"], "CALIBRATION_ROWS", 18)
+    found = []
+    for size in (3, 1):
+        learner, _ = learner_of(config_on(root, "none", llama={"batch_size": size}))
+        assert learner.solver.to_latent is not None
+        found.append((learner.solver.to_latent.mean, learner.solver.to_latent.std))
+    assert found[0][1].all()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_joint_run_resumes_bit_for_bit(root: Path) -> None:
+    folders = []
+    for run, lengths in (("whole", (4,)), ("halves", (2, 4))):
+        for steps in lengths:
+            config = config_on(root, run, training={"steps": steps, "save_every": 2})
+            config = replace(config, training=replace(config.training, max_attempts=2))
+            folders.append(joint(config, CPU).checkpoint)
+    assert_close(folders[0], folders[2], rtol=0, atol=0)
