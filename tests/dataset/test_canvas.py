@@ -124,9 +124,7 @@ def test_a_full_canvas_is_everybodys(everything: dict[str, Path]) -> None:
     assert len(dataset.sides) == len(dataset.tasks)
 
 
-@pytest.mark.parametrize(
-    ("full", "sides"), [(3, {3}), (11, {11}), (12, {11, 12}), (16, {11, 16})]
-)
+@pytest.mark.parametrize(("full", "sides"), [(3, {3}), (11, {11}), (12, {11, 12}), (16, {11, 16})])
 def test_there_is_no_canvas_beyond_the_full_one(full: int, sides: set[int], tmp_path: Path) -> None:
     config = DataConfig(
         training=("arc1-training",), evaluation=(), variants=0, max_side=full, canvas="bucketed"
