@@ -126,7 +126,8 @@ class Dataset:
             for task, purpose in zip(self.tasks, self.purposes, strict=True)
         ]
         wanted = np.minimum(np.array(largest) + 1, self.canvas)
-        return sides[np.searchsorted(sides, wanted)].astype(np.uint8)
+        found: npt.NDArray[np.uint8] = sides[np.searchsorted(sides, wanted)].astype(np.uint8)
+        return found
 
     @property
     def num_identifiers(self) -> int:
