@@ -1,6 +1,6 @@
 """What an attempt costs against encoding its problem again, SmolLM2 on this machine's CPU.
 
-    python benchmarks/attempt_cost.py [MODELS]
+    python -m benchmarks.attempt_cost [MODELS]
 
 An attempt is what the hybrid does by default: the latent, the feedback on the attempt before, the
 end of the turn, the cue. Both are measured in turns, and so is transformers' own attention (sdpa),
@@ -10,7 +10,6 @@ which copies keys and values for every query head. Writes benchmarks/results/att
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import sys
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.measure import record
 from hybrid.adapters import AdapterConfig
 from hybrid.llm import LlamaConfig, Reader, open_reader
 from hybrid.llm.attention import NAME
@@ -28,7 +28,6 @@ from hybrid.solver.feedback import MOST_CELLS
 PROBLEM_TOKENS = 2000
 ROUNDS = 5
 ATTEMPTS_PER_ROUND = 5
-RESULTS = Path(__file__).parent / "results" / "attempt_cost.json"
 
 
 def main() -> None:
@@ -63,15 +62,13 @@ def main() -> None:
         for attention in (NAME, "sdpa")
     }
     results = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "problem tokens": PROBLEM_TOKENS,
         "attempt tokens": tokens,
         "median seconds": medians,
         "all seconds": seconds,
         "attempt / problem again": ratios,
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    record("attempt_cost", results)
     print(json.dumps({k: v for k, v in results.items() if k != "all seconds"}, indent=1))
 
 

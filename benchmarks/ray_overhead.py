@@ -1,6 +1,6 @@
 """What Ray adds to training: the same steps in one process and under Ray with one worker.
 
-    python benchmarks/ray_overhead.py [FOLDER]
+    python -m benchmarks.ray_overhead [FOLDER]
 
 Both run in turns, on the demo's tasks, with the demo's model and with one of 512 units on the full
 canvas. Of a step the medians are compared, as metrics.jsonl has them (the first lines, in which
@@ -11,8 +11,6 @@ benchmarks/results/ray_overhead.json.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import shutil
 import statistics
 import sys
@@ -21,9 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
-import torch
-
+from benchmarks.measure import record
 from hybrid.cluster import pretrain
 from hybrid.config import Config, load
 from hybrid.dataset import prepare
@@ -32,7 +28,6 @@ from hybrid.train.runlog import read_metrics
 ROUNDS = 3
 SKIPPED_LINES = 2
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
-RESULTS = Path(__file__).parent / "results" / "ray_overhead.json"
 LARGE = (
     *("trm.hidden_size=512", "trm.num_heads=8", "trm.expansion=4", "trm.puzzle_emb_ndim=512"),
     *("trm.puzzle_emb_len=16", "data.max_side=30", "training.batch_size=2"),
@@ -63,17 +58,8 @@ def main() -> None:
             for workers in runs:
                 runs[workers].append(timed(config(root, number, size, workers, turn)))
         found.append({"model": size.name, **compare(runs)})
-    report = {
-        "machine": platform.platform(),
-        "cores": os.cpu_count(),
-        "threads of a worker": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "ray": ray.__version__,
-        "rounds": ROUNDS,
-        "sizes": found,
-    }
-    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report, indent=1))
+    record("ray_overhead", {"rounds": ROUNDS, "sizes": found})
+    print(json.dumps(found, indent=1))
 
 
 def config(root: Path, number: int, size: Size, workers: int, turn: int) -> Config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -40,7 +41,23 @@ class Encoder:
 
 
 def plan(config: Config) -> list[tuple[int, int]]:
-    """The problems to encode; UserError if the config does not want encodings."""
+    """The problems to encode; UserError if the config does not want encodings.
+
+    By size, the largest first: batches are hardly padded, and what does not fit in memory is known
+    at once.
+    """
     if not config.llama.encodings:
         raise UserError("llama.encodings is false: nothing would read what is encoded")
-    return Dataset.open(config.data_folder).problems(config.training.variants)
+    dataset = Dataset.open(config.data_folder)
+
+    @cache
+    def cells(task: int, number: int) -> int:
+        asked = dataset.tasks[task].pairs[number]
+        shown = (grid for p in dataset.demonstrations(task) if p != asked for grid in p.grids)
+        return asked.input.size + sum(grid.size for grid in shown)
+
+    return sorted(
+        dataset.problems(config.training.variants),
+        key=lambda problem: cells(int(dataset.task_of[problem[0]]), problem[1]),
+        reverse=True,
+    )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -76,14 +76,14 @@ class Dataset:
         fetch(folder)
         meta = read_meta(folder)
         tables = {name: _read_table(folder / name, meta) for name in TABLES}
-        rows = tables["tasks.parquet"].to_pylist()
+        task_table = tables["tasks.parquet"]
         variants = tables["variants.parquet"]
         colours = variants["colours"].combine_chunks().buffers()[1]
         return Dataset(
             folder=folder,
             meta=meta,
-            tasks=tuple(_task(row, answers) for row in rows),
-            purposes=tuple(row["purpose"] for row in rows),
+            tasks=tuple(_tasks(task_table, answers)),
+            purposes=tuple(task_table["purpose"].to_pylist()),
             task_of=variants["task"].to_numpy(),
             dihedral=variants["dihedral"].to_numpy(),
             colours=np.frombuffer(colours, np.uint8, 10 * len(variants)).reshape(-1, 10),
@@ -274,6 +274,12 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 def _meta_digest(meta: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(meta).encode()).hexdigest()
+
+
+def _tasks(table: pa.Table, answers: bool) -> Iterator[Task]:
+    for some in table.to_batches(max_chunksize=1024):  # as Python objects they are ten times larger
+        for row in some.to_pylist():
+            yield _task(row, answers)
 
 
 def _task(row: dict[str, Any], answers: bool) -> Task:

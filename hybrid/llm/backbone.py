@@ -49,8 +49,8 @@ class Encoding:
         )
 
     @staticmethod
-    def join(parts: Sequence[Encoding]) -> Encoding:
-        """Several batches as one, padded to the longest problem."""
+    def join(parts: Sequence[Encoding], order: Sequence[int] | None = None) -> Encoding:
+        """Several batches as one, padded to the longest problem; row n is their row order[n]."""
         length = max(part.tokens.shape[1] for part in parts)
 
         def pad(tensor: Tensor, axis: int) -> Tensor:
@@ -58,16 +58,19 @@ class Encoding:
             after = 2 * (tensor.dim() - 1 - axis)
             return F.pad(tensor, (*(0,) * after, missing, 0)) if missing else tensor
 
+        def one(tensors: Sequence[Tensor], axis: int) -> Tensor:
+            whole = torch.cat([pad(tensor, axis) for tensor in tensors])
+            return whole if order is None else whole[list(order)]
+
         def layer(number: int) -> tuple[Tensor, Tensor]:
             keys, values = (
-                torch.cat([pad(part.layers[number][which], 2) for part in parts])
-                for which in (0, 1)
+                one([part.layers[number][which] for part in parts], 2) for which in (0, 1)
             )
             return keys, values
 
         return Encoding(
-            tokens=torch.cat([pad(part.tokens, 1) for part in parts]),
-            mask=torch.cat([pad(part.mask, 1) for part in parts]),
+            tokens=one([part.tokens for part in parts], 1),
+            mask=one([part.mask for part in parts], 1),
             layers=tuple(layer(number) for number in range(len(parts[0].layers))),
         )
 
@@ -128,12 +131,20 @@ class Backbone:
         return found.strip()
 
     def encode(self, problems: Sequence[Tokens]) -> Encoding:
-        """Problems [B] of token ids, `batch_size` at a time. Without gradient if frozen."""
+        """Problems [B] of token ids, `batch_size` at a time. Without gradient if frozen.
+
+        Problems of like length go together: in the order they come, half of a batch is padding.
+        """
         size = self.config.batch_size
+        if len(problems) <= size:
+            return self._encode(problems)
+        order = sorted(range(len(problems)), key=lambda n: len(problems[n]))
         parts = [
-            self._encode(problems[first : first + size]) for first in range(0, len(problems), size)
+            self._encode([problems[n] for n in order[first : first + size]])
+            for first in range(0, len(order), size)
         ]
-        return Encoding.join(parts)
+        place = {n: at for at, n in enumerate(order)}
+        return Encoding.join(parts, [place[n] for n in range(len(problems))])
 
     def read(
         self, encoding: Encoding, latent: Tensor, texts: Sequence[Tokens], *, recompute: bool = True

@@ -98,6 +98,22 @@ def test_an_attempt_leaves_the_encoding_as_it_was(tiny: Tiny) -> None:
     assert torch.equal(first, backbone.read(encoding, latent, TEXTS))
 
 
+def test_problems_of_like_length_share_a_batch(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny(batch_size=2)
+    encode, shapes = backbone._encode, []
+
+    def counted(problems: Any) -> Encoding:
+        made = encode(problems)
+        shapes.append(tuple(made.tokens.shape))
+        return made
+
+    monkeypatch.setattr(backbone, "_encode", counted)
+    encoding = backbone.encode(PROBLEMS)
+    assert sorted(shapes) == [(2, 2), (2, 9)], "28 tokens in the order they come"
+    told = [row[mask].tolist() for row, mask in zip(encoding.tokens, encoding.mask, strict=True)]
+    assert told == list(PROBLEMS)
+
+
 def test_take_and_join_change_no_row(tiny: Tiny) -> None:
     """Rows taken in any order, twice too, and put together from problems of other lengths."""
     backbone = tiny()

@@ -1,0 +1,41 @@
+"""make bench: every benchmark in a process of its own, its table, its results in results/.
+
+python -m benchmarks [NAME ...]
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+BENCHMARKS = {
+    "steps": "benchmarks.steps",
+    "vote": "benchmarks.vote",
+    "stream": "benchmarks.stream",
+    "attempt_cost": "benchmarks.attempt_cost",
+    "ray_overhead": "benchmarks.ray_overhead",
+    "scale_parts": "benchmarks.scale_model",
+}
+"""In this order; each takes one to five minutes on two cores."""
+
+
+def main() -> int:
+    chosen = sys.argv[1:] or list(BENCHMARKS)
+    unknown = [name for name in chosen if name not in BENCHMARKS]
+    if unknown:
+        print(f"error: {unknown[0]}: none of {', '.join(BENCHMARKS)}", file=sys.stderr)
+        return 2
+    worst = 0
+    for name in chosen:
+        print(f"\n{name}", flush=True)
+        started = time.monotonic()
+        extra = ["--measure"] if name == "scale_parts" else []
+        done = subprocess.run([sys.executable, "-m", BENCHMARKS[name], *extra])
+        print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
+        worst = max(worst, done.returncode)
+    return worst
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""The training stream: rows a second, memory, and what a training step waits for it.
+
+    python -m benchmarks.stream [--synthetic TASKS]
+
+ARC-AGI-2's 1,120 tasks with 1,000 variants each, and synthetic tasks of like size, 10,000 of them
+unless told otherwise, with ten. Each is measured in a process of its own: memory once the dataset
+is open, and after 40,000 rows more, which must be the same. Writes benchmarks/results/stream.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from benchmarks.measure import record, table
+from hybrid.dataset import DataConfig, Dataset, Stream, prepare
+
+ROWS = 256
+ROUNDS = 160
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--synthetic", type=int, default=10_000)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        made = root / "made_challenges.json"
+        made.write_text(json.dumps(synthetic(asked.synthetic)))
+        arc = {"training": ("arc2-training",), "evaluation": ("arc2-evaluation",)}
+        sets = {
+            "ARC-AGI-2": DataConfig(**arc, variants=1000, on_overlap="drop"),
+            "ARC-AGI-2, bucketed": DataConfig(
+                **arc, variants=1000, on_overlap="drop", canvas="bucketed"
+            ),
+            "synthetic": DataConfig(training=(str(made),), evaluation=(), variants=10),
+        }
+        start = multiprocessing.get_context("spawn")
+        with start.Pool(1, maxtasksperchild=1) as pool:
+            rows = []
+            for name, config in sets.items():
+                data = root / name
+                seconds = pool.apply(timed_prepare, (config, data))
+                rows.append({"set": name, "prepare s": seconds, **pool.apply(streamed, (data,))})
+    print(table(rows))
+    record("stream", rows)
+
+
+def synthetic(count: int) -> dict[str, Any]:
+    """Tasks of four pairs with sides 3 to 20, as a Kaggle file has them."""
+    rng = np.random.default_rng(0)
+
+    def pair() -> dict[str, Any]:
+        shape = rng.integers(3, 21, 2)
+        return {name: rng.integers(0, 10, shape).tolist() for name in ("input", "output")}
+
+    return {
+        f"s{n:06d}": {"train": [pair() for _ in range(3)], "test": [pair()]} for n in range(count)
+    }
+
+
+def timed_prepare(config: DataConfig, folder: Path) -> float:
+    started = time.perf_counter()
+    prepare(config, folder, say=lambda line: None)
+    return round(time.perf_counter() - started, 1)
+
+
+def streamed(folder: Path) -> dict[str, Any]:
+    """One process: what opening costs, then rows, then memory again."""
+    started = time.perf_counter()
+    before = resident()
+    dataset = Dataset.open(folder)
+    stream = Stream(dataset, 0)
+    stream.rows(np.arange(ROWS))
+    opened, memory = time.perf_counter() - started, resident()
+    rates = []
+    for number in range(ROUNDS):
+        positions = np.arange(number * ROWS, (number + 1) * ROWS)
+        started = time.perf_counter()
+        stream.rows(positions)
+        rates.append(ROWS / (time.perf_counter() - started))
+    return {
+        "tasks": len(dataset.tasks),
+        "variants": len(dataset.task_of),
+        "open s": round(opened, 1),
+        "rows/s": round(float(np.median(rates))),
+        "open MiB": round(memory - before),
+        "after rows MiB": round(resident() - before),
+        "peak MiB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before),
+    }
+
+
+def resident() -> float:
+    """MiB of this process."""
+    found: float = psutil.Process().memory_info().rss / 2**20
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""The benchmarks measure what they say they measure."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import measure, steps, stream, vote
+from hybrid.trm import TRM, TRMConfig
+
+CPU = torch.device("cpu")
+TINY = TRMConfig(
+    hidden_size=16,
+    num_heads=2,
+    expansion=1,
+    L_layers=1,
+    H_cycles=1,
+    L_cycles=1,
+    halt_max_steps=2,
+    puzzle_emb_ndim=16,
+    puzzle_emb_len=1,
+    seq_len=9,
+    num_puzzle_identifiers=5,
+)
+
+
+def test_the_operations_of_a_step_are_those_of_the_paper() -> None:
+    """Full config: 398 GFLOP a training step, 239 of them forward; 3.82 TFLOP in 16 steps."""
+    full = TRMConfig()
+    assert steps.flops(full, train=True) == pytest.approx(398e9, rel=5e-3)
+    assert steps.flops(full, train=False) == pytest.approx(239e9, rel=5e-3)
+    assert 16 * steps.flops(full, train=False) == pytest.approx(3.82e12, rel=5e-3)
+
+
+def test_turns_are_taken_and_ratios_are_those_of_each_turn() -> None:
+    turns: list[str] = []
+    seconds = measure.in_turns(
+        {
+            "slow": lambda: (turns.append("slow"), time.sleep(0.02)),
+            "fast": lambda: (turns.append("fast"), time.sleep(0.005)),
+        },
+        rounds=3,
+        calls=2,
+    )
+    assert turns == ["slow", "slow", "fast", "fast"] * 3
+    assert all(0.02 <= value < 0.2 for value in seconds["slow"])
+    assert measure.faster([2.0, 4.0, 9.0], [1.0, 1.0, 1.0]) == {
+        "median": 4.0,
+        "from": 3.0,
+        "to": 6.5,
+    }
+    assert measure.faster([3.0], [2.0]) == {"median": 1.5, "from": 1.5, "to": 1.5}
+
+
+def test_what_is_recorded_says_where_it_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    monkeypatch.setattr(measure, "HISTORY", tmp_path / "history.jsonl")
+    for number in (1, 2):
+        measure.record("thing", [{"ms": number}])
+    newest = json.loads((tmp_path / "thing.json").read_text())
+    assert newest["found"] == [{"ms": 2}]
+    assert newest["torch"] == torch.__version__ and newest["processor"] and newest["commit"]
+    lines = (tmp_path / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line)["found"][0]["ms"] for line in lines] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "sides", [["plain", "eager"], pytest.param(["plain", "compiled"], marks=pytest.mark.slow)]
+)
+def test_steps_are_measured_on_every_side(sides: list[str]) -> None:
+    lines = steps.compare("tiny", TINY, 4, CPU, sides, rounds=2, calls=1)
+    assert [(line["what"], line["side"]) for line in lines] == [
+        (what, side) for what in ("train", "evaluate") for side in sides
+    ]
+    for line in lines:
+        assert line["times plain"]["median"] > 0 and line["ms"] > 0
+        acts = 1 if line["what"] == "train" else TINY.halt_max_steps
+        assert line["samples/s"] == pytest.approx(4 * acts / line["ms"] * 1000, rel=1e-2)
+    assert measure.table(lines).count("\n") == len(lines)
+
+
+def test_all_sides_train_the_same_weights() -> None:
+    """What is compared does the same work."""
+    config = replace(TINY, halt_exploration_prob=0.0)
+    sides = {name: steps.Side(name, config, 4, CPU) for name in ("plain", "eager")}
+    for seed in range(5):
+        rows = steps.random_rows(config, 4, seed, CPU)
+        for side in sides.values():
+            side.train(rows)
+    plain, eager = sides["plain"].plain, sides["eager"].state
+    assert plain is not None and plain.t == eager.optimizer.t == 5
+    theirs, begun = plain.model.state_dict(), TRM(config, seed=0).state_dict()
+    for name, value in eager.model.state_dict().items():
+        torch.testing.assert_close(theirs[name], value, rtol=0, atol=5e-6)
+    assert any(not torch.equal(theirs[name], value) for name, value in begun.items())
+    for name, value in eager.average.shadow.items():
+        torch.testing.assert_close(plain.shadow[name], value, rtol=0, atol=5e-6)
+
+
+def test_the_stream_is_measured_from_opening_to_memory(tmp_path: Path) -> None:
+    made = tmp_path / "made_challenges.json"
+    made.write_text(json.dumps(stream.synthetic(5)))
+    config = stream.DataConfig(training=(str(made),), evaluation=(), variants=2)
+    assert stream.timed_prepare(config, tmp_path / "data") >= 0
+    found = stream.streamed(tmp_path / "data")
+    assert found["tasks"] == 5 and found["variants"] == 15 and found["rows/s"] > 0
+
+
+def test_a_vote_is_asked_on_both_canvases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = vote.questions(tmp_path, "full", 3, 2)
+    small = vote.questions(tmp_path, "bucketed", 3, 2)
+    assert [q.task for q in full] == [q.task for q in small]
+    assert {q.side for q in full} == {30} and min(q.side for q in small) < 30
+    assert all(len(q.views) == 2 for q in full)
+    assert np.all([q.side >= max(q.task.test[0].input.shape) for q in small])
