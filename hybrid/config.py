@@ -173,6 +173,9 @@ class ClusterConfig:
     """Training goes on with so many when nodes are lost, and grows back; num_workers when not
     given. The global batch stays the same."""
     use_gpu: bool = False
+    compile: bool | None = None
+    """Compile the TRM's blocks, half a minute once a machine; on GPUs when not given. Numbers
+    change by rounding."""
     cpus_per_worker: float = 1.0
     """Ray's bookkeeping only; a worker computes with its share of the machine's cores."""
     max_failures: int = 3
@@ -186,6 +189,11 @@ class ClusterConfig:
             problems.append(f"min_workers must be 1 to num_workers, got {self.min_workers}")
         if problems:
             raise ValueError("\n".join(problems))
+
+    @property
+    def compiles(self) -> bool:
+        """What `compile` means here."""
+        return self.use_gpu if self.compile is None else self.compile
 
 
 @dataclass(frozen=True, kw_only=True)

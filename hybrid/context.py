@@ -7,6 +7,7 @@ worker r of W computes slots r * B // W to (r + 1) * B // W.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from enum import IntEnum
 from pathlib import Path
@@ -137,6 +138,13 @@ def compute_device(use_gpu: bool) -> torch.device:
     if use_gpu and not torch.cuda.is_available():
         raise UserError("cluster.use_gpu: torch sees no CUDA device here")
     return torch.device("cuda" if use_gpu else "cpu")
+
+
+def check_compiler() -> None:
+    """UserError if this machine cannot compile kernels."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise UserError(f"cluster.compile: {compiler} is not here; install it or set it to false")
 
 
 def worker_slots(batch_size: int, rank: int, world_size: int) -> range:

@@ -64,7 +64,7 @@ def unknown_keys(cls: Any, raw: Any, derived: Mapping[str, str], prefix: str = "
             found.append(f"{dotted}: unknown key, {hint}")
         elif _section_type(hints[key]):
             found += unknown_keys(hints[key], value, derived, f"{dotted}.")
-        elif isinstance(value, bool) and hints[key] is not bool:
+        elif isinstance(value, bool) and hints[key] not in (bool, bool | None):
             found.append(f"{dotted}: must not be a truth value, got {value}")
     return found
 

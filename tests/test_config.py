@@ -265,6 +265,7 @@ VALID = {
             training=st.lists(NAMES, min_size=1),
             variants=st.integers(0, 10**6),
             max_side=st.integers(1, 30),
+            canvas=st.sampled_from(["full", "bucketed"]),
             on_overlap=st.sampled_from(["refuse", "drop"]),
             hold_out_demos=st.integers(0, 10),
             seed=st.integers(0, 2**63),
@@ -360,6 +361,7 @@ VALID = {
         | keys(num_workers=st.integers(0, 99), min_workers=st.none()),
         keys(
             use_gpu=st.booleans(),
+            compile=maybe(st.booleans()),
             cpus_per_worker=st.floats(0.01, 99),
             max_failures=st.integers(-1, 99),
         ),

@@ -68,7 +68,8 @@ def open_solver(job: Job) -> Solver | HybridAnswerer:
     device = compute_device(job.config.cluster.use_gpu)
     if job.checkpoint.state["kind"] == "hybrid":
         return HybridAnswerer(job.checkpoint, job.config, device)
-    return Solver(job.checkpoint, job.config.evaluation, device)
+    compiled = job.config.cluster.compiles
+    return Solver(job.checkpoint, job.config.evaluation, device, compiled=compiled)
 
 
 def evaluate(config: Config, solve_all: SolveAll, say: Callable[[str], None] = print) -> Outcome:
@@ -224,6 +225,8 @@ def _name(config: Config, checkpoint: Checkpoint, dataset: Dataset) -> str:
         oracle = "-oracle" if config.feedback.source == "oracle" else ""
     if dataset.bucketed:
         settings["canvas"] = "bucketed"
+    if config.cluster.compiles:
+        settings["compiled"] = True
     key = json.dumps([settings, config.cluster.use_gpu, checkpoint.digest, dataset.fingerprint])
     digest = hashlib.sha256(key.encode()).hexdigest()[:8]
     return f"{checkpoint.folder.name}-{digest}{oracle}"

@@ -27,6 +27,7 @@ from hybrid.arc import (
 )
 from hybrid.checkpoint import Checkpoint
 from hybrid.config import EvaluationConfig
+from hybrid.context import check_compiler
 from hybrid.dataset.stream import Rows, by_side
 from hybrid.trm import TRM, TRMConfig
 
@@ -64,13 +65,21 @@ class Solver:
     """A trained TRM, its averaged weights in memory, its puzzle table on disk."""
 
     def __init__(
-        self, checkpoint: Checkpoint, config: EvaluationConfig, device: torch.device
+        self,
+        checkpoint: Checkpoint,
+        config: EvaluationConfig,
+        device: torch.device,
+        *,
+        compiled: bool = False,
     ) -> None:
         self.config = config
         trm = replace(TRMConfig(**checkpoint.state["trm"]), num_puzzle_identifiers=1)
         self.model = TRM(trm)
         load_averaged(self.model, checkpoint)
         self.model.to(device).eval()
+        if compiled:
+            check_compiler()
+            self.model.fuse(varying=True)
         self.table = PuzzleTable(checkpoint)
 
     def solve(self, question: Question) -> Prediction:
@@ -81,8 +90,14 @@ class Solver:
             [encode_grid(view.apply(test.input), question.side) for test in tests for view in views]
         )
         rows = self.table.rows(question, len(views)).repeat(len(tests), 1)
-        tokens, halt_logits, act_steps = predict(self.model, inputs, rows, self.config)
-        confidences = halt_confidence(halt_logits)
+        different, number = inputs, np.arange(len(inputs))
+        if not question.identifiers:
+            # Without puzzles of their own, views whose input looks the same are one question.
+            different, number = np.unique(inputs, axis=0, return_inverse=True)
+        tokens, halt_logits, act_steps = predict(
+            self.model, different, rows[: len(different)], self.config
+        )
+        tokens, confidences = tokens[number.ravel()], halt_confidence(halt_logits[number.ravel()])
         found = []
         for first in range(0, len(inputs), len(views)):
             mine = slice(first, first + len(views))
@@ -93,7 +108,7 @@ class Solver:
             found.append(ballot(grids, confidences[mine].tolist()))
         seconds = time.perf_counter() - started
         spent = {
-            "rows": len(inputs),
+            "rows": len(different),
             "act_steps": act_steps,
             "llm_tokens": 0,
             "seconds": seconds,

@@ -64,7 +64,8 @@ def validate(
     if whole.state["kind"] == "hybrid":
         solver = HybridAnswerer(whole, config, device, reader)
     else:
-        solver = Solver(whole, config.evaluation, device)
+        compiled = config.cluster.compiles
+        solver = Solver(whole, config.evaluation, device, compiled=compiled)
     trained_on = json.loads((checkpoint / "trained_on.json").read_text())
     answered = {
         question.task.id: solver.solve(question)

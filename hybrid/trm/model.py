@@ -144,12 +144,14 @@ class TRM(nn.Module):
         truncated_normal_(self.L_init, 1.0, generator)
         self.puzzle_table.zero_()
 
-    def fuse(self) -> None:
+    def fuse(self, *, varying: bool = False) -> None:
         """Compute the blocks by compiled kernels from now on: norms, rotations and gates without
-        tensors in between. Compiled once for each canvas and kind of gradient; a batch of another
-        size compiles once more, for all sizes. Numbers differ by rounding.
+        tensors in between. Numbers differ by rounding.
+
+        Compiled once for each kind of gradient, and for each size of batch and canvas; or, where
+        they are `varying`, once for all, so that numbers do not depend on which came first.
         """
-        self._blocks = torch.compile(self._blocks)  # type: ignore[method-assign]
+        self._blocks = torch.compile(self._blocks, dynamic=varying)  # type: ignore[method-assign]
 
     @property
     def dtype(self) -> torch.dtype:

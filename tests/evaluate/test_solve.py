@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,37 @@ def test_an_unknown_puzzle_has_the_blank_row(
     write_tensors(copy, "puzzle_table", {"puzzle_table": table})
     other = Solver(replace(checkpoint, folder=copy), EvaluationConfig(), CPU)
     assert candidates(blank) == candidates(other.solve(replace(asked, identifiers=range(0))))
+
+
+def test_views_that_look_the_same_are_asked_once_where_they_have_no_puzzle(
+    dataset: Dataset, checkpoint: Checkpoint
+) -> None:
+    """Colours that the input does not have may be anything: the answer comes from its view."""
+    solver = Solver(checkpoint, EvaluationConfig(), CPU)
+    asked = question(dataset, "25ff71a9")
+    given = [{view.apply(pair.input).tobytes() for view in asked.views} for pair in asked.task.test]
+    different = len(set.union(*given))
+    assert different < 12, "no two views look the same"
+    blank = solver.solve(replace(asked, identifiers=range(0)))
+    assert blank["spent"]["rows"] == different and blank["spent"]["act_steps"] == 4 * different
+    assert solver.solve(asked)["spent"]["rows"] == 12
+    for n, (test, pair) in enumerate(zip(candidates(blank), asked.task.test, strict=True)):
+        votes = [
+            candidates(
+                solver.solve(
+                    replace(
+                        asked,
+                        task=replace(asked.task, test=(pair,)),
+                        views=(view,),
+                        identifiers=range(0),
+                    )
+                )
+            )[0]
+            for view in asked.views
+        ]
+        assert blank["tests"][n]["variants"] == 6
+        counted = Counter(vote[0][0] for vote in votes if vote)
+        assert {grid: count for grid, count, _ in test} == counted
 
 
 def test_batches_and_other_tests_do_not_change_an_answer(
