@@ -1,0 +1,80 @@
+"""Training and evaluation with compiled blocks (`cluster.compile`)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_close, config_of
+
+from hybrid.config import ClusterConfig, Config
+from hybrid.context import LocalContext
+from hybrid.dataset import prepare
+from hybrid.errors import UserError
+from hybrid.evaluate import evaluate, local_solve_all
+from hybrid.train import pretrain
+
+CPU = LocalContext(torch.device("cpu"))
+
+
+def config_on(root: Path, run: str, steps: int, **cluster: Any) -> Config:
+    """Tasks on canvases of side 11 and 12."""
+    config = config_of(
+        root,
+        data={
+            "training": [],
+            "evaluation": ["arc1-training"],
+            "variants": 1,
+            "max_side": 12,
+            "canvas": "bucketed",
+        },
+        training={"batch_size": 6, "steps": steps, "save_every": 2, "lr": 1e-4, "puzzle_lr": 1e-3},
+        evaluation={"limit": 4},
+        cluster={"num_workers": 0, **cluster},
+        logging={"run": run, "wandb": False},
+    )
+    prepare(config.data, config.data_folder, say=lambda line: None)
+    return config
+
+
+def test_gpus_compile_unless_they_are_told_not_to() -> None:
+    assert [ClusterConfig(use_gpu=gpu).compiles for gpu in (False, True)] == [False, True]
+    assert ClusterConfig(compile=True).compiles
+    assert not ClusterConfig(use_gpu=True, compile=False).compiles
+
+
+def test_a_machine_without_a_compiler_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = pretrain(config_on(tmp_path, "plain", 2), CPU)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    config = config_on(tmp_path, "compiled", 2, compile=True)
+    with pytest.raises(UserError, match=r"^cluster\.compile: no-such-compiler is not here"):
+        pretrain(config, CPU)
+    asked = replace(config, evaluation=replace(config.evaluation, checkpoint=str(plain.checkpoint)))
+    with pytest.raises(UserError, match=r"^cluster\.compile: no-such-compiler is not here"):
+        evaluate(asked, local_solve_all, say=lambda line: None)
+
+
+@pytest.mark.slow
+def test_compiled_training_is_resumed_to_the_bit_and_close_to_the_plain_one(
+    tmp_path: Path,
+) -> None:
+    whole = pretrain(config_on(tmp_path, "whole", 4, compile=True), CPU).checkpoint
+    pretrain(config_on(tmp_path, "parts", 2, compile=True), CPU)
+    # Another process would have compiled for whatever comes first there.
+    torch._dynamo.reset()
+    parts = pretrain(config_on(tmp_path, "parts", 4, compile=True), CPU).checkpoint
+    assert_close(whole, parts, 0, 0)
+    plain = pretrain(config_on(tmp_path, "plain", 4), CPU).checkpoint
+    assert_close(whole, plain, 1e-5, 1e-4)
+    outcomes = []
+    for compiled in (False, True):
+        config = config_on(tmp_path, "plain", 4, compile=compiled)
+        outcomes.append(evaluate(config, local_solve_all, say=lambda line: None))
+    one, other = outcomes
+    assert one.folder != other.folder
+    assert one.results["scores"].keys() == other.results["scores"].keys()
