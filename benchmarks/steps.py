@@ -6,7 +6,8 @@
 Needs no Ray, no data and no network. All sides take random rows of the same sizes in turns; of each
 the median time, samples a second (a sample is one row through one ACT step), how many times faster
 than the plain one, and the share of what the machine's matrix multiplication reaches on the model's
-own largest shape. The side `varying` is compiled for all sizes of batch and canvas at once. Writes benchmarks/results/steps-<device>.json.
+own largest shape. The side `varying` is compiled for all sizes of batch and canvas at once. Writes
+benchmarks/results/steps-<device>.json.
 """
 
 from __future__ import annotations
