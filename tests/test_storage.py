@@ -443,7 +443,8 @@ def test_encodings_are_shared_through_the_store(
     stored = joint(config, CPU).checkpoint
     local = hybrid_of(tasks)
     prepare(local.data, local.data_folder, say=lambda line: None)
-    assert_close(stored, joint(local, CPU).checkpoint, 0, 0)
+    # Other problems were beside them in their batch: the same to rounding.
+    assert_close(stored, joint(local, CPU).checkpoint)
 
 
 def test_the_metrics_of_a_run_in_a_store_survive_being_watched(

@@ -365,7 +365,8 @@ def test_without_solutions_everything_but_scores_is_written(
     found = results(outcome)
     assert "scores" not in found and "coverage" not in found
     assert found["notes"] == ["the answers are not known: nothing is scored"]
-    assert found["spent"]["rows"] == 5 * 6
+    # A dataset that was not trained on: of 5 tests' 6 views 4 look like another one.
+    assert found["spent"]["rows"] == 5 * 6 - 4
     assert [task["solved"] for task in found["tasks"]] == [None] * 3
     assert {task: len(tests) for task, tests in submission(outcome).items()} == {
         task: len(arc1[task].test) for task in ASKED
