@@ -6,8 +6,7 @@
 Needs no Ray, no data and no network. All sides take random rows of the same sizes in turns; of each
 the median time, samples a second (a sample is one row through one ACT step), how many times faster
 than the plain one, and the share of what the machine's matrix multiplication reaches on the model's
-own largest shape. The side `varying` is compiled for all sizes of batch and canvas at once. Writes
-benchmarks/results/steps-<device>.json.
+own largest shape. Writes benchmarks/results/steps-<device>.json.
 """
 
 from __future__ import annotations
@@ -167,8 +166,8 @@ class Side:
             plain.load_state_dict(ours.state_dict())
             self.plain = PlainTrainer(plain, batch_size=batch)
             return
-        if side in ("compiled", "varying"):
-            ours.fuse(varying=side == "varying")
+        if side == "compiled":
+            ours.fuse()
         weights = dict(ours.named_parameters())
         self.config = TrainingConfig(batch_size=batch, lr_warmup_steps=0)
         self.state = TrainState(

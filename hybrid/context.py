@@ -20,6 +20,7 @@ from torch import Tensor
 from hybrid.dataset import Stream
 from hybrid.dataset.stream import Rows
 from hybrid.errors import UserError
+from hybrid.trm import TRM
 
 
 class Signal(IntEnum):
@@ -140,11 +141,14 @@ def compute_device(use_gpu: bool) -> torch.device:
     return torch.device("cuda" if use_gpu else "cpu")
 
 
-def check_compiler() -> None:
-    """UserError if this machine cannot compile kernels."""
+def fuse(trm: TRM, compiles: bool) -> None:
+    """Have a TRM compute by compiled kernels if it `compiles`; UserError if it cannot here."""
+    if not compiles:
+        return
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise UserError(f"cluster.compile: {compiler} is not here; install it or set it to false")
+    trm.fuse()
 
 
 def worker_slots(batch_size: int, rank: int, world_size: int) -> range:

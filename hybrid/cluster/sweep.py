@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from hybrid import storage
 from hybrid.cluster.launch import encode
 from hybrid.cluster.runtime import cluster
+from hybrid.cluster.search import OBJECTIVE, OptunaSearch, RandomSearch, known_trials
 from hybrid.cluster.trainer import run, trainer
 from hybrid.config import Config, differences, from_dict, to_dict
 from hybrid.context import LocalContext, compute_device, share_cores
@@ -33,7 +33,6 @@ from hybrid.sweep import (
     Axis,
     Trial,
     best_yaml,
-    draw,
     note_reason,
     note_trial,
     parse_space,
@@ -48,9 +47,6 @@ from hybrid.sweep import (
 from hybrid.train import Joint, check, initial_checkpoint, joint, total_steps
 from hybrid.train.plan import training_stream
 
-OBJECTIVE = "validation/objective"
-PROPOSALS = 200
-"""After so many that were known already, there are no others."""
 SWEEP = "sweep.json"
 """In the run folder: the config that its trials vary."""
 TUNE_FOLDER = "tune"
@@ -71,7 +67,7 @@ def sweep(config: Config, say: Say = print) -> tuple[list[Trial], tuple[Axis, ..
     base = _prepared(config, say)
     check(base, Joint.kind, Joint.sections)
     _note(config)
-    search = _Random(base, axes) if base.sweep.search == "random" else _Optuna(base, axes)
+    search = RandomSearch(base, axes) if base.sweep.search == "random" else OptunaSearch(base, axes)
     with cluster(base, workers=_workers(base), spare_cpus=_spare(base)):
         at_once = _at_once(base)
         say(f"{storage.place(config.run_folder)}: {search.said}, {at_once} at a time")
@@ -79,7 +75,7 @@ def sweep(config: Config, say: Say = print) -> tuple[list[Trial], tuple[Axis, ..
             if base.llama.encodings:
                 say(encode(base))
             _run(base, search, at_once, say)
-    trials = _known(base)
+    trials = known_trials(base)
     write_results(config.run_folder / "sweep.parquet", trials, axes)
     write_report(config.run_folder / "report.html", config.logging.run, trials, axes)
     best = config.run_folder / "best.yaml"
@@ -155,106 +151,7 @@ def _at_once(config: Config) -> int:
     return max(1, min(fit, config.sweep.max_concurrent or fit))
 
 
-def _known(config: Config) -> list[Trial]:
-    """All trials that have begun."""
-    folder = config.runs_folder
-    found = [read_trial(folder / name) for name in storage.names(folder)]
-    return [trial for trial in found if trial]
-
-
-class _Random:
-    """Trials drawn beforehand; those that have ended tell Tune so, those that failed are left."""
-
-    def __init__(self, config: Config, axes: Sequence[Axis]) -> None:
-        failed = {trial.name for trial in _known(config) if trial.status == "failed"}
-        drawn = draw(axes, config.sweep.samples, config.sweep.seed)
-        done = {trial.name for trial in _known(config) if trial.status != "unfinished"}
-        self.count = len(drawn)
-        left = [values for values in drawn if trial_name(values) not in failed]
-        self.open = any(trial_name(values) not in done for values in left)
-        self.said = f"{len(drawn)} trials, {len(done)} of them done"
-        self.space = {"values": tune.grid_search(left)}
-        self.samples = 1
-        self.searcher = None
-
-
-class _Optuna:
-    """Trials chosen as they go, by what is known of those that have ended."""
-
-    def __init__(self, config: Config, axes: Sequence[Axis]) -> None:
-        known = _known(config)
-        ended = [trial for trial in known if trial.status != "unfinished"]
-        self.count = config.sweep.samples
-        sizes = [_size(axis) for axis in axes]
-        if all(sizes):  # no more trials than there are different ones
-            self.count = min(self.count, math.prod(sizes))
-        self.samples = max(0, self.count - len(ended))
-        self.open = self.samples > 0
-        self.said = f"{self.count} trials, {len(ended)} of them done"
-        self.space: dict[str, Any] = {}  # the searcher has it
-        going = [dict(trial.values) for trial in known if trial.status == "unfinished"]
-        # With the same seed it would propose the same again.
-        self.searcher = _optuna_search(
-            axes, config.sweep.seed + len(ended), going, {trial.name for trial in ended}
-        )
-        for trial in ended:
-            if trial.last:
-                self.searcher.add_evaluated_point(dict(trial.values), trial.last.objective)
-
-
-def _optuna_search(
-    axes: Sequence[Axis], seed: int, going: list[dict[str, Any]], known: set[str]
-) -> Any:
-    """Optuna behind Tune; no values are proposed twice, they would end in the same weights.
-
-    `going`: values of trials that had begun, which come first. `known`: names of those that ended.
-    """
-    try:
-        from optuna.trial import TrialState
-        from ray.tune.search.optuna import OptunaSearch
-    except ImportError:
-        raise UserError(
-            'sweep.search=optuna: not installed; pip install "arc-hybrid[optuna]"'
-        ) from None
-    logging.getLogger("optuna").setLevel(logging.ERROR)
-    given = set(known)
-
-    class Search(OptunaSearch):  # type: ignore[misc]
-        def suggest(self, trial_id: str) -> Any:
-            for _ in range(PROPOSALS):
-                values = super().suggest(trial_id)
-                if trial_name(values) not in given:
-                    given.add(trial_name(values))
-                    return values
-                self._ot_study.tell(self._ot_trials.pop(trial_id), state=TrialState.FAIL)
-            return self.FINISHED
-
-    return Search(
-        OptunaSearch.convert_search_space({axis.key: _domain(axis) for axis in axes}),
-        metric=OBJECTIVE,
-        mode="max",
-        seed=seed,
-        points_to_evaluate=going or None,
-    )
-
-
-def _size(axis: Axis) -> int:
-    """How many values it has; 0 for too many to count."""
-    if axis.kind == "int":
-        return int(axis.values[1] - axis.values[0] + 1)
-    return len(axis.values) if axis.kind == "choice" else 0
-
-
-def _domain(axis: Axis) -> Any:
-    if axis.kind == "choice":
-        return tune.choice(list(axis.values))
-    low, high = axis.values
-    if axis.kind == "int":
-        return tune.randint(low, high + 1)
-    return tune.uniform(low, high) if axis.kind == "uniform" else tune.loguniform(low, high)
-
-
-def _run(config: Config, search: _Random | _Optuna, at_once: int, say: Say) -> None:
+def _run(config: Config, search: RandomSearch | OptunaSearch, at_once: int, say: Say) -> None:
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its tables; ours are said here
     # A checkpoint that nobody planned comes without a score.
@@ -391,7 +288,7 @@ class _Notes(tune.Callback):  # type: ignore[misc]
 
     def _end(self, trial: Any, status: Any, error: str = "") -> None:
         self._write(trial, status, error)
-        ended = sum(t.status != "unfinished" for t in _known(self.config))
+        ended = sum(t.status != "unfinished" for t in known_trials(self.config))
         self.say(
             f"{ended}/{self.count} {self._folder(trial).name} {status}"
             f"{': ' if error else ''}{error}"

@@ -11,7 +11,7 @@ skipped however long its neighbours keep theirs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeAlias
@@ -145,12 +145,13 @@ class Stream:
         return Epoch(variant=variant, pair=order, row=offset[:, 0], column=offset[:, 1])
 
 
-def by_side(rows: Mapping[str, Any], sides: Sequence[int]) -> list[tuple[Any, dict[str, Any]]]:
-    """Rows taken apart by the side of their canvas: (numbers of the rows, the rows) for each side.
+def by_side(rows: Mapping[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
+    """Rows taken apart by the `side` of their canvas: (numbers of the rows, the rows) for each.
 
     Of arrays or tensors [n, ...]; token rows are cut to the canvas. Rows that are all of one side
     are not copied.
     """
+    sides = rows["side"].tolist()
     found = []
     for side in sorted(set(sides)):
         mine = [n for n, other in enumerate(sides) if other == side]

@@ -19,7 +19,7 @@ from torch import Tensor
 from hybrid.arc import Augmentation, Grid, Pair, Task, encode_grid, grid_to_string
 from hybrid.checkpoint import Checkpoint
 from hybrid.config import Config, from_dict
-from hybrid.context import check_compiler
+from hybrid.context import fuse
 from hybrid.errors import UserError
 from hybrid.evaluate.solve import Prediction, PuzzleTable, Question, ballot, load_averaged
 from hybrid.llm import Prompt, Reader, open_reader
@@ -129,9 +129,7 @@ class HybridAnswerer:
         self.solver = HybridSolver(trm, reader, adapter, act_steps=steps, seed=0)
         load_averaged(self.solver, checkpoint, only="" if reader else "trm.")
         self.solver.to(device).eval()
-        if config.cluster.compiles:
-            check_compiler()
-            trm.fuse(varying=True)
+        fuse(trm, config.cluster.compiles)
         self.table = PuzzleTable(checkpoint)
         self.most = config.evaluation.max_attempts or trained.training.max_attempts
 

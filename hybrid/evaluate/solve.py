@@ -27,7 +27,7 @@ from hybrid.arc import (
 )
 from hybrid.checkpoint import Checkpoint
 from hybrid.config import EvaluationConfig
-from hybrid.context import check_compiler
+from hybrid.context import fuse
 from hybrid.dataset.stream import Rows, by_side
 from hybrid.trm import TRM, TRMConfig
 
@@ -77,9 +77,7 @@ class Solver:
         self.model = TRM(trm)
         load_averaged(self.model, checkpoint)
         self.model.to(device).eval()
-        if compiled:
-            check_compiler()
-            self.model.fuse(varying=True)
+        fuse(self.model, compiled)
         self.table = PuzzleTable(checkpoint)
 
     def solve(self, question: Question) -> Prediction:
@@ -204,7 +202,7 @@ def said_to(model: TRM, rows: Rows, batch_size: int) -> npt.NDArray[np.uint8]:
     puzzle_rows = model.puzzle_table[identifiers.to(model.puzzle_table.device)]
     config = EvaluationConfig(batch_size=batch_size)
     said = np.full(rows["inputs"].shape, PAD, np.uint8)
-    for mine, part in by_side(rows, rows["side"].tolist()):
+    for mine, part in by_side(rows):
         tokens, _, _ = predict(model, part["inputs"], puzzle_rows[mine], config)
         said[mine, : tokens.shape[1]] = tokens
     model.train(was_training)

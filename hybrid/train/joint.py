@@ -26,7 +26,7 @@ from hybrid.solver.feedback import Confidence
 from hybrid.train.loop import Result, train
 from hybrid.train.plan import training_stream
 from hybrid.train.state import fresh
-from hybrid.train.step import Sums, clear_gradients, exploration, move
+from hybrid.train.step import Sums, add_up, clear_gradients, exploration, move
 from hybrid.trm import IGNORE, Batch, act_loss
 
 CALIBRATION_ROWS = 64
@@ -69,7 +69,7 @@ class Joint:
         for first in range(0, CALIBRATION_ROWS, size):
             places = np.arange(first, min(first + size, CALIBRATION_ROWS))
             rows = self.stream.rows(places)
-            for mine, part in by_side(rows, rows["side"].tolist()):
+            for mine, part in by_side(rows):
                 inputs = torch.from_numpy(part["inputs"]).int().to(device)
                 blank = self.state.trm.puzzle_table[:1].repeat(len(inputs), 1)
                 problems = self.stream.problems(places[mine])
@@ -98,12 +98,11 @@ class Joint:
         loss = torch.zeros((), device=ids.device)
         sums: Sums = {}
         least = self._least()
-        for slots, rows in by_side(batch, batch["side"].tolist()):
+        for slots, rows in by_side(batch):
             puzzle_rows = state.trm.puzzle_table[ids[slots].long()].requires_grad_()
             part, counted = self._attempts(rows, puzzle_rows, places[slots], least[slots].tolist())
             loss = loss + part
-            for name, value in counted.items():
-                sums[name] = sums.get(name, 0) + value
+            add_up(sums, counted)
             if puzzle_rows.grad is not None:
                 row_grads[slots] = puzzle_rows.grad
         move(state, loss, ids, row_grads, self.rates, training, total_steps, self.context)
@@ -118,16 +117,16 @@ class Joint:
         self.solver.eval()
         size = min(self.config.training.batch_size, self.config.evaluation.batch_size)
         said = np.full_like(inputs, PAD)
-        for first in range(0, len(inputs), size):
-            few = {name: value[first : first + size] for name, value in rows.items()}
-            for chosen, part in by_side(few, few["side"].tolist()):
-                mine = np.arange(first, first + len(few["side"]))[chosen]
+        for chosen, of_side in by_side(rows):
+            numbers = np.arange(len(inputs))[chosen]
+            for first in range(0, len(numbers), size):
+                mine = numbers[first : first + size]
                 prompts = None
                 if self.reader:
                     prompts = [self.reader.prompt(problems[n]) for n in mine]
                 played = play(
                     self.solver,
-                    part["inputs"],
+                    of_side["inputs"][first : first + size],
                     table[ids[mine].to(table.device)],
                     prompts,
                     self._judge(None),
@@ -180,8 +179,7 @@ class Joint:
         ):
             loss, of_attempt = _loss(attempt)
             window = window + loss / scale
-            for name, value in of_attempt.items():
-                sums[name] = sums.get(name, 0) + value
+            add_up(sums, of_attempt)
             if attempt.cut:
                 torch.autograd.backward(window)
                 total, window = total + window.detach(), torch.zeros_like(total)

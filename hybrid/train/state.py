@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hybrid import storage
 from hybrid.checkpoint import Checkpoint, newest, read, write_tensors
 from hybrid.config import Config
-from hybrid.context import check_compiler
+from hybrid.context import fuse
 from hybrid.dataset import Dataset
 from hybrid.errors import UserError
 from hybrid.llm.reader import Reader
@@ -83,9 +83,7 @@ def fresh(
             trm, reader, config.adapter, act_steps=training.act_steps, seed=training.seed
         )
     model.to(device)
-    if config.cluster.compiles:
-        check_compiler()
-        trm.fuse(varying=dataset.bucketed or hybrid)
+    fuse(trm, config.cluster.compiles)
     parameters = dict(model.named_parameters())
     return TrainState(
         step=0,

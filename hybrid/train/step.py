@@ -41,7 +41,7 @@ def train_step(
     loss = torch.zeros((), dtype=torch.float64, device=context.device)
     sums: Sums = {}
     parts = []
-    for slots, rows in by_side(batch, batch["side"].tolist()):
+    for slots, rows in by_side(batch):
         carry, outputs = state.trm.act_step(
             state.carry.take(slots, rows["inputs"].shape[1]),
             rows,
@@ -52,8 +52,7 @@ def train_step(
         )
         torch.autograd.backward(part / config.batch_size)
         loss += part.detach()
-        for name, value in counted.items():
-            sums[name] = sums.get(name, 0) + value
+        add_up(sums, counted)
         ids[slots] = carry.current["puzzle_identifiers"]
         if outputs.puzzle_rows is not None and outputs.puzzle_rows.grad is not None:
             row_grads[slots] = outputs.puzzle_rows.grad
@@ -62,6 +61,12 @@ def train_step(
     move(state, loss, ids, row_grads, rates, config, total_steps, context)
     state.carry = state.carry.put(parts)
     return sums
+
+
+def add_up(sums: Sums, more: Sums) -> None:
+    """Add `more` to `sums`, by name."""
+    for name, value in more.items():
+        sums[name] = sums.get(name, 0) + value
 
 
 def clear_gradients(state: TrainState) -> None:

@@ -144,14 +144,14 @@ class TRM(nn.Module):
         truncated_normal_(self.L_init, 1.0, generator)
         self.puzzle_table.zero_()
 
-    def fuse(self, *, varying: bool = False) -> None:
+    def fuse(self) -> None:
         """Compute the blocks by compiled kernels from now on: norms, rotations and gates without
         tensors in between. Numbers differ by rounding.
 
-        Compiled once for each kind of gradient, and for each size of batch and canvas; or, where
-        they are `varying`, once for all, so that numbers do not depend on which came first.
+        Once for each kind of gradient and for all sizes of batch and canvas, so that numbers do not
+        depend on which came first; kernels for one size alone are no faster (docs/log.md).
         """
-        self._blocks = torch.compile(self._blocks, dynamic=varying)  # type: ignore[method-assign]
+        self._blocks = torch.compile(self._blocks, dynamic=True)  # type: ignore[method-assign]
 
     @property
     def dtype(self) -> torch.dtype:

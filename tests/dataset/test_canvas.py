@@ -264,7 +264,7 @@ def test_rows_taken_apart_by_side_are_all_there_once(some: dict[str, Dataset], k
     rows: dict[str, Any] = epochs(some["bucketed"], 1)
     if kind == "tensors":
         rows = {name: torch.from_numpy(np.asarray(value)) for name, value in rows.items()}
-    parts = by_side(rows, rows["side"].tolist())
+    parts = by_side(rows)
     assert [part["inputs"].shape[1] for _, part in parts] == [121, 144]
     numbers = [n for chosen, _ in parts for n in chosen]
     assert sorted(numbers) == list(range(len(rows["side"])))
@@ -280,7 +280,7 @@ def test_rows_taken_apart_by_side_are_all_there_once(some: dict[str, Dataset], k
 def test_rows_of_one_side_are_not_copied(some: dict[str, Dataset]) -> None:
     rows = epochs(some["bucketed"], 1)
     small = {name: value[rows["side"] == 11] for name, value in rows.items()}
-    [(chosen, part)] = by_side(small, small["side"].tolist())
+    [(chosen, part)] = by_side(small)
     assert chosen == slice(None) and part["inputs"].shape == (len(small["side"]), 121)
     for name, value in part.items():
         assert np.shares_memory(value, small[name]), name

@@ -24,6 +24,7 @@ from hybrid.sweep import (
     ranked,
     read_reason,
     read_trial,
+    trial_name,
     write_report,
     write_results,
 )
@@ -75,16 +76,29 @@ def test_a_noted_trial_is_read_again(tmp_path: Path) -> None:
         read_trial(tmp_path / "t")
 
 
-def test_what_a_trial_says_as_it_is_ended_does_not_change_how_it_ended(tmp_path: Path) -> None:
-    folder = tmp_path / "t"
-    assert read_reason(folder) == ""
-    note_trial(folder, {"adapter.hidden": 8}, "stopped early", 2.5)
-    note_reason(folder, "ActorDiedError: the placement group was removed")
+def test_what_a_trial_says_as_it_is_ended_does_not_change_how_it_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sweep ends it, and only then does it fall over what was taken from it."""
+    from hybrid.cluster import sweep
+
+    values = {"adapter.hidden": 8}
+    base = hybrid_of(tmp_path)
+    folder = base.runs_folder / trial_name(values)
+    note_reason(folder, "what an earlier one said")
+
+    def ended(*_: object) -> None:
+        assert read_reason(folder) == ""
+        note_trial(folder, values, "stopped early", 2.5)
+        raise RuntimeError("the placement group was removed")
+
+    monkeypatch.setattr(sweep, "check", ended)
+    with pytest.raises(RuntimeError):
+        sweep._train_trial(values, configs.to_dict(base))
     read = read_trial(folder)
     assert read is not None and read.status == "stopped early" and read.error == ""
-    assert read_reason(folder) == "ActorDiedError: the placement group was removed"
-    note_reason(folder, "")
-    assert read_reason(folder) == ""
+    assert read.seconds == 2.5
+    assert read_reason(folder) == "RuntimeError: the placement group was removed"
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,8 @@ def worst_differences(
     """Largest absolute difference of every recorded output, first and last ACT step."""
     model, recorded = published(golden, name, **changes)
     if fused:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
         model.fuse()
     batch = batch_in(recorded)
     worst: dict[str, float] = {}
@@ -64,6 +66,7 @@ def worst_differences(
     carry, out = model.act_step(carry, carry.current)
     for field in ("logits", "q_halt", "q_continue"):
         compare(f"last {field}", getattr(out, field), recorded[f"step.{field}"][1][ROWS])
+    assert bool(torch._dynamo.utils.counters["stats"]["unique_graphs"]) >= fused, "not compiled"
     compare("last z_H", carry.z_H, recorded["after.z_H"])
     compare("last z_L", carry.z_L, recorded["after.z_L"])
     assert torch.equal(carry.steps, recorded["step.steps"][1][ROWS])

@@ -31,6 +31,8 @@ def run(
     model = upstream.load(start, **about["config"]).train()
     fused = request.param == "fused"
     if fused:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
         model.fuse()
     weights = dict(model.named_parameters())
     columns = {"model." + upstream.published_name(name): p for name, p in weights.items()}
@@ -74,6 +76,8 @@ def run(
         average.update()
         model.zero_grad()
         steps.append(step | {"puzzle_emb_weights": model.puzzle_table.clone()})
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert compiled >= 2 * fused, "not compiled with and without gradient"
     stacked = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
     return SimpleNamespace(steps=stacked, model=model, average=average, fused=fused)
 
