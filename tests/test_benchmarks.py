@@ -112,6 +112,7 @@ def test_the_stream_is_measured_from_opening_to_memory(tmp_path: Path) -> None:
     assert stream.timed_prepare(config, tmp_path / "data") >= 0
     found = stream.streamed(tmp_path / "data")
     assert found["tasks"] == 5 and found["variants"] == 15 and found["rows/s"] > 0
+    assert 0 <= found["open MiB"] <= found["peak MiB"] + 1
 
 
 def test_a_vote_is_asked_on_both_canvases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

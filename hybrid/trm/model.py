@@ -151,6 +151,9 @@ class TRM(nn.Module):
         Once for each kind of gradient and for all sizes of batch and canvas, so that numbers do not
         depend on which came first; kernels for one size alone are no faster (docs/log.md).
         """
+        # Four kinds of gradient, batches of one row and of several: that is torch's limit already,
+        # and beyond it numbers would come from other kernels without a word.
+        torch._dynamo.config.recompile_limit = 64
         self._blocks = torch.compile(self._blocks, dynamic=True)  # type: ignore[method-assign]
 
     @property
