@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def in_turns(
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, work in sides.items():
-            seconds[name].append(seconds_of(lambda work=work: several(work)) / calls)
+            seconds[name].append(seconds_of(partial(several, work)) / calls)
     return seconds
 
 
@@ -89,11 +90,20 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with the same keys as a table of a page."""
+    lines = [list(rows[0]), ["---"] * len(rows[0])]
+    lines += [[_text(value) for value in row.values()] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def _text(value: Any) -> str:
     if isinstance(value, Mapping):
-        return f"{value['median']:.2f} ({value['from']:.2f}-{value['to']:.2f})"
+        same = value["from"] == value["to"]
+        spread = "" if same else f" ({value['from']:.2f}-{value['to']:.2f})"
+        return f"{value['median']:.2f}{spread}"
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return str(value)
 
 

@@ -1,16 +1,16 @@
-"""What Ray adds to training: the same steps in one process and under Ray with one worker.
+"""What Ray adds to training: the same steps in one process, under Ray with one worker and with two.
 
     python -m benchmarks.ray_overhead [FOLDER]
 
-Both run in turns, on the demo's tasks, with the demo's model and with one of 512 units on the full
-canvas. Of a step the medians are compared, as metrics.jsonl has them (the first lines, in which
-everything is started, left out); start-up is what a run takes beside its steps. Writes
-benchmarks/results/ray_overhead.json.
+All run in turns, on the demo's tasks, with the demo's model and with one of 512 units on the full
+canvas, the batch dealt out to the workers. Of a step the medians are compared, as metrics.jsonl has
+them (the first lines, in which everything is started, left out), and the share of it that goes into
+getting rows: one process makes them itself, a worker waits for Ray Data; start-up is what a run
+takes beside its steps. Writes benchmarks/results/ray_overhead.json.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import statistics
 import sys
@@ -19,14 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import record
+from benchmarks.measure import faster, record, table
 from hybrid.cluster import pretrain
 from hybrid.config import Config, load
 from hybrid.dataset import prepare
 from hybrid.train.runlog import read_metrics
 
-ROUNDS = 3
+ROUNDS = 2
 SKIPPED_LINES = 2
+SIDES = {0: "one process", 1: "one Ray worker", 2: "two Ray workers"}
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 LARGE = (
     *("trm.hidden_size=512", "trm.num_heads=8", "trm.expansion=4", "trm.puzzle_emb_ndim=512"),
@@ -43,23 +44,23 @@ class Size:
 
 
 SIZES = (
-    Size(name="demo: 0.33 M parameters, 6 x 6, batch 16", steps=600, every=50),
-    Size(name="7 M parameters, 30 x 30, batch 2", steps=30, every=5, keys=LARGE),
+    Size(name="demo: 0.33 M, 6 x 6, batch 16", steps=300, every=30),
+    Size(name="7 M, 30 x 30, batch 2", steps=12, every=2, keys=LARGE),
 )
 
 
 def main() -> None:
     root = Path(sys.argv[1] if len(sys.argv) > 1 else "out/ray_overhead").absolute()
     shutil.rmtree(root, ignore_errors=True)
-    found = []
+    rows: list[dict[str, Any]] = []
     for number, size in enumerate(SIZES):
-        runs: dict[int, list[dict[str, float]]] = {0: [], 1: []}
+        runs: dict[int, list[dict[str, float]]] = {workers: [] for workers in SIDES}
         for turn in range(ROUNDS):
-            for workers in runs:
-                runs[workers].append(timed(config(root, number, size, workers, turn)))
-        found.append({"model": size.name, **compare(runs)})
-    record("ray_overhead", {"rounds": ROUNDS, "sizes": found})
-    print(json.dumps(found, indent=1))
+            for workers, of_side in runs.items():
+                of_side.append(timed(config(root, number, size, workers, turn)))
+        rows += compare(size.name, runs)
+    print(table(rows))
+    record("ray_overhead", rows)
 
 
 def config(root: Path, number: int, size: Size, workers: int, turn: int) -> Config:
@@ -82,32 +83,30 @@ def config(root: Path, number: int, size: Size, workers: int, turn: int) -> Conf
 
 
 def timed(config: Config) -> dict[str, float]:
+    """Seconds of a step, seconds beside the steps, and the share of a step for getting rows."""
     started = time.perf_counter()
     pretrain(config)
     wall = time.perf_counter() - started
     lines = [m for m in read_metrics(config.run_folder / "metrics.jsonl") if "loss" in m]
-    steady = [m["seconds_per_step"] for m in lines[SKIPPED_LINES:]]
-    step = statistics.median(steady)
-    return {"step": step, "start": wall - step * lines[-1]["step"], "wall": wall}
+    steady = lines[SKIPPED_LINES:]
+    step = statistics.median(m["seconds_per_step"] for m in steady)
+    waiting = statistics.median(m["waiting_for_rows"] for m in steady)
+    return {"step": step, "beside": wall - step * lines[-1]["step"], "waiting": waiting}
 
 
-def compare(runs: dict[int, list[dict[str, float]]]) -> dict[str, Any]:
-    """Medians over the rounds, and the ratio in each."""
-    ratios = [there["step"] / here["step"] for here, there in zip(runs[0], runs[1], strict=True)]
-    names = {0: "one process", 1: "one Ray worker"}
-    return {
-        "step, Ray / one process": {
-            "median": round(statistics.median(ratios), 3),
-            "rounds": [round(ratio, 3) for ratio in ratios],
-        },
-        **{
-            name: {
-                "ms a step": round(1000 * statistics.median(r["step"] for r in runs[workers]), 2),
-                "s beside steps": round(statistics.median(r["start"] for r in runs[workers]), 1),
-            }
-            for workers, name in names.items()
-        },
-    }
+def compare(name: str, runs: dict[int, list[dict[str, float]]]) -> list[dict[str, Any]]:
+    """One line a side; medians over the rounds."""
+    return [
+        {
+            "model": name,
+            "side": SIDES[workers],
+            "ms a step": round(1000 * statistics.median(r["step"] for r in found), 2),
+            "times one process": faster([r["step"] for r in runs[0]], [r["step"] for r in found]),
+            "getting rows": round(statistics.median(r["waiting"] for r in found), 3),
+            "s beside steps": round(statistics.median(r["beside"] for r in found), 1),
+        }
+        for workers, found in runs.items()
+    ]
 
 
 if __name__ == "__main__":

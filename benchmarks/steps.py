@@ -1,12 +1,15 @@
-"""A training step and an evaluation of the TRM: the plain baseline, ours, and ours compiled.
+"""A training step and an evaluation of the TRM: plain, ours, ours compiled, and in bfloat16.
 
-    python -m benchmarks.steps [--device cuda] [--sizes tiny,medium,full]
-                               [--sides plain,eager,compiled] [--rounds N] [--batch N]
+    python -m benchmarks.steps [--device cuda] [--sizes golden,demo,medium,full]
+                               [--sides "eager,compiled,plain bfloat16,compiled bfloat16"]
+                               [--rounds N] [--batch N]
 
 Needs no Ray, no data and no network. All sides take random rows of the same sizes in turns; of each
 the median time, samples a second (a sample is one row through one ACT step), how many times faster
-than the plain one, and the share of what the machine's matrix multiplication reaches on the model's
-own largest shape. Writes benchmarks/results/steps-<device>.json.
+than the plain one, and the floor's share of the time. The floor is what cannot be left out: the
+matrix products at the rate this machine reaches on the model's largest one in that dtype, and in
+training the optimiser's bytes at the rate it copies so many. Writes
+benchmarks/results/steps-<device>.json.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import argparse
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from math import isqrt
 from typing import Any
 
@@ -31,7 +35,6 @@ from hybrid.train.step import train_step
 from hybrid.trm import TRM, AdamAtan2, MovingAverage, TRMConfig
 
 IDENTIFIERS = 1000
-SIDES = ("plain", "eager", "compiled")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +52,24 @@ def _size(batch: dict[str, int], rounds: int, calls: int = 1, **sizes: Any) -> S
 
 
 SIZES = {
+    # That of the golden training file: 10 x 10.
+    "golden": _size(
+        {"cpu": 4, "cuda": 4096},
+        rounds=12,
+        calls=5,
+        hidden_size=64,
+        num_heads=2,
+        H_cycles=2,
+        L_cycles=3,
+        halt_max_steps=4,
+        puzzle_emb_ndim=64,
+        puzzle_emb_len=4,
+        seq_len=100,
+    ),
     # The demo's model.
-    "tiny": _size(
+    "demo": _size(
         {"cpu": 16, "cuda": 2048},
-        rounds=20,
+        rounds=12,
         calls=5,
         hidden_size=128,
         num_heads=4,
@@ -66,15 +83,15 @@ SIZES = {
     ),
     "medium": _size(
         {"cpu": 8, "cuda": 768},
-        rounds=5,
+        rounds=3,
         hidden_size=256,
         num_heads=8,
         puzzle_emb_ndim=256,
         seq_len=100,
         halt_max_steps=4,
     ),
-    # Four ACT steps, not sixteen: each costs the same.
-    "full": _size({"cpu": 1, "cuda": 192}, rounds=5, halt_max_steps=4),
+    # Two ACT steps, not sixteen: each costs the same.
+    "full": _size({"cpu": 1, "cuda": 192}, rounds=3, halt_max_steps=2),
 }
 
 
@@ -82,11 +99,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sizes", default=",".join(SIZES))
-    parser.add_argument("--sides", default=",".join(SIDES))
+    parser.add_argument("--sides")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--batch", type=int)
     asked = parser.parse_args()
     device = torch.device(asked.device)
+    sides = ["plain", *(asked.sides.split(",") if asked.sides else sides_on(device))]
     rows = []
     for name in asked.sizes.split(","):
         size = SIZES[name]
@@ -95,12 +113,19 @@ def main() -> None:
             size.model,
             asked.batch or size.batch[device.type],
             device,
-            asked.sides.split(","),
+            sides,
             asked.rounds or size.rounds,
             size.calls,
         )
-        print(table(rows[-2 * len(asked.sides.split(",")) :]), flush=True)
+        print(table(rows[-2 * len(sides) :]), flush=True)
     record(f"steps-{device.type}", rows)
+
+
+def sides_on(device: torch.device) -> list[str]:
+    """Beside the plain one. A GPU computes in bfloat16 anyway, most CPUs have no units for it."""
+    has_units = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    half = ["plain bfloat16", "compiled bfloat16"] if has_units else []
+    return ["eager", "compiled", *half]
 
 
 def compare(
@@ -114,26 +139,34 @@ def compare(
 ) -> list[dict[str, Any]]:
     """One line a side, of training and of evaluation."""
     batches = [random_rows(config, batch_size, seed, device) for seed in range(4)]
-    trainers = {side: Side(side, config, batch_size, device) for side in sides}
-    peak = matmul_flops(config, batch_size, trainers[sides[-1]].dtype, device)
+    trainers: dict[str, Side] = {}
+    first: dict[tuple[str, str], float] = {}
+    memory: dict[tuple[str, str], float] = {}
+    for side in sides:
+        before = _allocated(device)
+        trainers[side] = trainer = Side(side, config, batch_size, device)
+        for kind in ("train", "evaluate"):
+            step = trainer.train if kind == "train" else trainer.evaluate
+            first[side, kind] = sum(seconds_of(partial(step, batch)) for batch in batches[:2])
+            memory[side, kind] = _allocated(device, peak=True) - before
+    rates = {
+        dtype: matmul_flops(config, batch_size, dtype, device)
+        for dtype in {trainer.dtype for trainer in trainers.values()}
+    }
+    moved = optimizer_seconds(config, device)
     lines = []
     for kind in ("train", "evaluate"):
-        works: dict[str, Callable[[], object]] = {}
-        first: dict[str, float] = {}
-        memory: dict[str, float] = {}
-        for side, trainer in trainers.items():
-            work = trainer.train if kind == "train" else trainer.evaluate
-            works[side] = _cycling(work, batches)
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            first[side] = seconds_of(works[side]) + seconds_of(works[side])
-            if device.type == "cuda":
-                memory[side] = torch.cuda.max_memory_allocated() / 2**30
-        seconds = in_turns(works, rounds=rounds, calls=calls)
+        turns = {
+            side: _cycling(trainer.train if kind == "train" else trainer.evaluate, batches)
+            for side, trainer in trainers.items()
+        }
+        seconds = in_turns(turns, rounds=rounds, calls=calls)
         steps = 1 if kind == "train" else config.halt_max_steps
+        train = kind == "train"
+        work = batch_size * steps * flops(config, train=train)
         for side in sides:
             median = statistics.median(seconds[side])
-            rate = batch_size * steps / median
+            floor = work / rates[trainers[side].dtype] + (moved if train else 0)
             lines.append(
                 {
                     "size": name,
@@ -142,11 +175,12 @@ def compare(
                     "dtype": str(trainers[side].dtype).removeprefix("torch."),
                     "rows": batch_size,
                     "ms": round(1000 * median, 2),
-                    "samples/s": round(rate, 2),
+                    "samples/s": round(batch_size * steps / median, 2),
                     "times plain": faster(seconds[sides[0]], seconds[side]),
-                    "of matmul": round(rate * flops(config, train=kind == "train") / peak, 3),
-                    "first two s": round(first[side], 1),
-                    **({"GiB": round(memory[side], 2)} if memory else {}),
+                    "floor ms": round(1000 * floor, 2),
+                    "floor / time": round(floor / median, 3),
+                    "first two s": round(first[side, kind], 1),
+                    **({"GiB": round(memory[side, kind], 2)} if device.type == "cuda" else {}),
                 }
             )
     return lines
@@ -158,15 +192,18 @@ class Side:
     def __init__(self, side: str, config: TRMConfig, batch: int, device: torch.device) -> None:
         self.device = device
         self.plain: PlainTrainer | None = None
+        kind, _, dtype = side.partition(" ")
+        if dtype == "bfloat16":
+            config = replace(config, forward_dtype="bfloat16")
         ours = TRM(config, seed=0).to(device)
         self.dtype = ours.dtype
         rows = random_rows(config, batch, 0, device)
-        if side == "plain":
+        if kind == "plain":
             plain = PlainTRM(config, ours.dtype).to(device)
             plain.load_state_dict(ours.state_dict())
             self.plain = PlainTrainer(plain, batch_size=batch)
             return
-        if side == "compiled":
+        if kind == "compiled":
             ours.fuse()
         weights = dict(ours.named_parameters())
         self.config = TrainingConfig(batch_size=batch, lr_warmup_steps=0)
@@ -207,7 +244,7 @@ def random_rows(config: TRMConfig, rows: int, seed: int, device: torch.device) -
         "inputs": draw(config.vocab_size, rows, config.seq_len),
         "labels": draw(config.vocab_size, rows, config.seq_len),
         "puzzle_identifiers": draw(config.num_puzzle_identifiers, rows),
-        "side": torch.full((rows,), isqrt(config.seq_len), dtype=torch.int32),
+        "side": torch.full((rows,), isqrt(config.seq_len), dtype=torch.int32, device=device),
     }
 
 
@@ -223,12 +260,34 @@ def flops(config: TRMConfig, *, train: bool) -> float:
 
 def matmul_flops(config: TRMConfig, rows: int, dtype: torch.dtype, device: torch.device) -> float:
     """Operations a second of the model's largest product (gate and up), best of a few."""
-    weight = TRM(replace(config, num_puzzle_identifiers=1)).blocks[0].mlp.gate_up_proj.weight
-    weight = weight.detach().to(device, dtype)
+    model = TRM(replace(config, num_puzzle_identifiers=1))
+    weight = model.get_parameter("blocks.0.mlp.gate_up_proj.weight").detach().to(device, dtype)
     x = torch.randn(rows * config.positions, config.hidden_size, device=device, dtype=dtype)
     with torch.inference_mode():
         best = min(seconds_of(lambda: x @ weight.T) for _ in range(20))
     return 2 * x.numel() * len(weight) / best
+
+
+def optimizer_seconds(config: TRMConfig, device: torch.device) -> float:
+    """Of weights, gradients, two moments and the average, each read once and all but the gradients
+    written once, four bytes a number, at the rate at which so many are copied; best of a few.
+    """
+    model = TRM(replace(config, num_puzzle_identifiers=1))
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    source = torch.ones(5 * numbers, device=device)
+    target = torch.zeros_like(source)
+    copied = min(seconds_of(lambda: target.copy_(source)) for _ in range(10))
+    return copied * (5 + 4) / (5 + 5)
+
+
+def _allocated(device: torch.device, *, peak: bool = False) -> float:
+    """GiB of a GPU that are taken, or were at most since this was last asked without `peak`."""
+    if device.type != "cuda":
+        return 0.0
+    if peak:
+        return torch.cuda.max_memory_allocated() / 2**30
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated() / 2**30
 
 
 def _cycling(

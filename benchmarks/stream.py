@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,15 @@ def main() -> None:
         root = Path(folder)
         made = root / "made_challenges.json"
         made.write_text(json.dumps(synthetic(asked.synthetic)))
-        arc = {"training": ("arc2-training",), "evaluation": ("arc2-evaluation",)}
+        arc = DataConfig(
+            training=("arc2-training",),
+            evaluation=("arc2-evaluation",),
+            variants=1000,
+            on_overlap="drop",
+        )
         sets = {
-            "ARC-AGI-2": DataConfig(**arc, variants=1000, on_overlap="drop"),
-            "ARC-AGI-2, bucketed": DataConfig(
-                **arc, variants=1000, on_overlap="drop", canvas="bucketed"
-            ),
+            "ARC-AGI-2": arc,
+            "ARC-AGI-2, bucketed": replace(arc, canvas="bucketed"),
             "synthetic": DataConfig(training=(str(made),), evaluation=(), variants=10),
         }
         start = multiprocessing.get_context("spawn")

@@ -108,7 +108,7 @@ def poison(task: Task) -> Task:
 def metrics(run_folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without times."""
     lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    times = ("samples_per_s", "seconds_per_step")
+    times = ("samples_per_s", "seconds_per_step", "waiting_for_rows")
     return [{k: v for k, v in line.items() if k not in times} for line in lines]
 
 

@@ -10,6 +10,7 @@ SHOWN = {
     "loss": "training loss",
     "exact_accuracy": "share of rows of the last steps that are exactly right",
     "samples_per_s": "training rows a second, over all workers",
+    "waiting_for_rows": "share of the time that rank 0 spends on getting rows",
     "step": "optimiser steps done",
     "validation_right": "held-out test outputs right",
     "tasks_done": "evaluation tasks answered",

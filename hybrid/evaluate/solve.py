@@ -166,31 +166,44 @@ def predict(
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32], int]:
     """Tokens [n, L], halt logits [n] and ACT steps spent, for token rows [n, L].
 
-    Every row starts afresh. A row that has had its last ACT step is taken out of the batch.
+    Every row starts afresh. A slot whose row has had its last ACT step takes the next row at once,
+    so batches stay full; when no row is left, slots fall away.
     """
     device = model.H_init.device
     tokens = np.empty(inputs.shape, np.uint8)
     halt_logits = np.empty(len(inputs), np.float32)
+    given = torch.from_numpy(inputs).to(device)
+    puzzle_rows = puzzle_rows.to(device)
+    most = config.act_steps or model.config.halt_max_steps
+    begun = min(config.batch_size, len(inputs))
+    # Of each slot: the row it holds, and the ACT steps that row has had.
+    row, steps = np.arange(begun), np.zeros(begun, np.int64)
     spent = 0
-    for first in range(0, len(inputs), config.batch_size):
-        left = np.arange(first, min(first + config.batch_size, len(inputs)))
-        batch = {"inputs": torch.from_numpy(inputs[left]).int().to(device)}
-        rows = puzzle_rows[torch.from_numpy(left)].to(device)
-        carry = model.initial_carry(batch)
-        step = 0
-        while len(left):
-            carry, outputs = model.act_step(carry, batch, puzzle_rows=rows)
-            step += 1
-            spent += len(left)
-            done = _done(step, outputs.q_halt.cpu().numpy(), model.config.halt_max_steps, config)
-            tokens[left[done]] = outputs.logits.argmax(-1).to(torch.uint8).cpu().numpy()[done]
-            halt_logits[left[done]] = outputs.q_halt.float().cpu().numpy()[done]
-            if done.any():
-                left = left[~done]
-                keep = np.flatnonzero(~done).tolist()
-                rows = rows[keep]
-                batch = {name: value[keep] for name, value in batch.items()}
-                carry = carry.take(keep, inputs.shape[1])
+    batch, rows = {"inputs": given[:begun].int()}, puzzle_rows[:begun]
+    carry = model.initial_carry(batch)
+    while len(row):
+        carry, outputs = model.act_step(carry, batch, puzzle_rows=rows)
+        steps += 1
+        spent += len(row)
+        done = steps >= most
+        if config.halt == "confident":
+            done |= (outputs.q_halt > 0).cpu().numpy()
+        if not done.any():
+            continue
+        ended = np.flatnonzero(done)
+        tokens[row[ended]] = outputs.logits[ended].argmax(-1).to(torch.uint8).cpu().numpy()
+        halt_logits[row[ended]] = outputs.q_halt[ended].cpu().numpy()
+        filled = ended[: len(inputs) - begun]
+        row[filled] = begun + np.arange(len(filled))
+        steps[filled] = 0
+        begun += len(filled)
+        fresh = np.isin(np.arange(len(row)), filled)
+        carry = replace(carry, halted=torch.from_numpy(fresh).to(device))
+        if len(filled) < len(ended):
+            keep = np.flatnonzero(~done | fresh)
+            row, steps = row[keep], steps[keep]
+            carry = carry.take(keep.tolist(), inputs.shape[1])
+        batch, rows = {"inputs": given[row].int()}, puzzle_rows[row]
     return tokens, halt_logits, spent
 
 
@@ -213,14 +226,3 @@ def exact(said: npt.NDArray[np.uint8], labels: npt.NDArray[Any]) -> npt.NDArray[
     """[n]: rows that are right in every scored position."""
     right: npt.NDArray[np.bool_] = ((said == labels) | (labels == PAD)).all(axis=1)
     return right
-
-
-def _done(
-    step: int, q_halt: npt.NDArray[np.float32], most: int, config: EvaluationConfig
-) -> npt.NDArray[np.bool_]:
-    """[n]: whether a row has had its last ACT step; the answer plays no part in it."""
-    if config.halt == "fixed":
-        assert config.act_steps is not None
-        most = config.act_steps
-    last = np.full(len(q_halt), step >= most)
-    return last | (q_halt > 0) if config.halt == "confident" else last

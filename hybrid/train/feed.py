@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -29,6 +30,8 @@ class Feed:
         self.taken = taken
         """[slots] int64, advanced in place."""
         self.held: deque[Rows] = deque()
+        self.waited = 0.0
+        """Seconds spent on getting rounds: on making them, or on waiting for who makes them."""
 
     def refill(self, carry: Carry) -> dict[str, Tensor]:
         """A batch on the carry's device: new rows for the halted slots, the others' own ones."""
@@ -46,7 +49,9 @@ class Feed:
         for slot in slots:
             number = int(self.taken[slot]) - self.first
             while number >= len(self.held):
+                started = time.perf_counter()
                 self.held.append(next(self.rounds))
+                self.waited += time.perf_counter() - started
             picked.append({name: rows[slot] for name, rows in self.held[number].items()})
             self.taken[slot] += 1
         oldest = int(self.taken.min())

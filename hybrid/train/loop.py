@@ -94,7 +94,7 @@ def train(config: Config, context: RunContext, make: MakeLearner) -> Result:
             asked = context.agree(mine)
             saving = regular(state.step) or asked is not Signal.NONE
             # What is not written yet would be lost to a run that resumes here.
-            meter.add(sums, saving)
+            meter.add(sums, feed.waited, saving)
             if state.step == total:
                 meter.probe()
             if saving:

@@ -28,15 +28,21 @@ class Meter:
         self.learner, self.state = learner, learner.state
         self.stream, self.config, self.context, self.run = stream, config, context, run
         self.latest: dict[str, Any] = {}
+        self.waited = 0.0
         self._restart()
 
     def _restart(self) -> None:
         self.sums: Sums = {}
+        self.waited_before = self.waited
         self.steps = 0
         self.since = time.perf_counter()
 
-    def add(self, sums: Sums, saving: bool) -> None:
-        """Count one step; on every worker alike, for writing sums over them."""
+    def add(self, sums: Sums, waited: float, saving: bool) -> None:
+        """Count one step; on every worker alike, for writing sums over them.
+
+        `waited`: seconds spent on getting rows so far, `Feed.waited`.
+        """
+        self.waited = waited
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0) + value.double()
         self.steps += 1
@@ -65,6 +71,7 @@ class Meter:
             "epoch": rows / len(self.stream),
             "samples_per_s": asked / seconds,
             "seconds_per_step": seconds / self.steps,
+            "waiting_for_rows": (self.waited - self.waited_before) / seconds,
         }
         self.run.write({"step": self.state.step, **self.latest})
         if self.context.rank == 0:

@@ -83,7 +83,10 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, A, N, d]
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        out = F.scaled_dot_product_attention(q, k, v)
+        if x.device.type == "cpu":
+            # bfloat16 attention is no faster there, and its backward up to six times slower.
+            q, k, v = (part.to(torch.promote_types(x.dtype, torch.float32)) for part in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v).to(x.dtype)
         # reshape, not view: the kernels differ in the memory layout they return.
         mixed: Tensor = self.o_proj(out.transpose(1, 2).reshape(B, N, D))
         return mixed

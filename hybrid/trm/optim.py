@@ -77,10 +77,12 @@ def sign_sgd_(table: Tensor, ids: Tensor, grads: Tensor, *, lr: float, weight_de
 
     `grads` [B, ndim] of one id are summed over the *global* batch before the sign is taken.
     """
-    rows, place = torch.unique(ids.long(), return_inverse=True)
-    summed = torch.zeros(len(rows), grads.shape[1], dtype=grads.dtype, device=grads.device)
-    summed.index_add_(0, place, grads)
-    table[rows] = table[rows] * (1 - lr * weight_decay) - lr * summed.sign()
+    ids = ids.long()
+    # The first slot of the same id. With torch.unique a GPU's host would wait for how many there
+    # are; so a row is written several times, each time the same.
+    first = (ids[:, None] == ids).int().argmax(1)
+    summed = torch.zeros_like(grads).index_add_(0, first, grads)[first]
+    table[ids] = table[ids] * (1 - lr * weight_decay) - lr * summed.sign()
 
 
 class MovingAverage:

@@ -20,7 +20,7 @@ from hybrid.config import Config, EvaluationConfig
 from hybrid.dataset import Dataset, Stream
 from hybrid.evaluate import Question, Solver, exact, predict, said_to
 from hybrid.evaluate.solve import Prediction
-from hybrid.trm import TRM
+from hybrid.trm import TRM, Carry
 
 CPU = torch.device("cpu")
 CANVAS = 3
@@ -216,6 +216,25 @@ def test_confident_rows_leave_and_change_nothing_for_the_others(halting: TRM, ro
         np.testing.assert_allclose(logits[row], logit[0], rtol=1e-5, atol=1e-5)
     assert spent == sum(lived)
     assert len(set(lived)) > 1, "all rows halted together: nothing was compacted"
+
+
+def test_a_slot_takes_the_next_row_at_once(
+    halting: TRM, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches are full until no row is left, and then hold what still runs."""
+    sizes = []
+    act_step = halting.act_step
+
+    def counted(carry: Carry, *args: Any, **keys: Any) -> Any:
+        sizes.append(len(carry.steps))
+        return act_step(carry, *args, **keys)
+
+    monkeypatch.setattr(halting, "act_step", counted)
+    config = EvaluationConfig(halt="confident", batch_size=4)
+    _, _, spent = predict(halting, *rows, config)
+    assert sum(sizes) == spent and sorted(sizes, reverse=True) == sizes
+    # Once the last row is taken, none lives longer than four steps.
+    assert sum(size < 4 for size in sizes) < 4
 
 
 def test_a_row_is_exact_when_it_is_right_in_every_label(trained: Config, dataset: Dataset) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -105,3 +106,19 @@ def test_a_row_without_labels_is_never_handed_out() -> None:
     feed.refill(carry_of(empty(), [True, True, False, True]))
     with pytest.raises(AssertionError, match="a training row without labels"):
         feed.refill(carry_of(empty(), [False, False, True, False]))
+
+
+def test_it_says_how_long_it_has_waited_for_rounds() -> None:
+    class Slow(Rounds):
+        def __next__(self) -> Rows:
+            time.sleep(0.05)
+            return super().__next__()
+
+    feed = Feed(Slow(), 0, torch.zeros(SLOTS, dtype=torch.int64))
+    carry = carry_of(empty(), [True] * SLOTS)
+    for rounds in (1, 2):
+        feed.refill(carry)
+        assert feed.waited >= 0.05 * rounds
+    waited = feed.waited
+    feed.refill(carry_of(empty(), [False] * SLOTS))
+    assert feed.waited == waited, "nothing was taken"

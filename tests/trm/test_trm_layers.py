@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from hybrid.trm.layers import rms_norm, rotary_table, rotate
+from hybrid.trm.layers import Attention, rms_norm, rotary_table, rotate
 
 ROTARY = rotary_table(torch.arange(7), 8, 10_000.0)
 
@@ -23,6 +24,21 @@ def test_half_precision_is_the_wide_result_rounded(layer: Callable[[Tensor], Ten
     wide = layer(x.double())
     assert wide.dtype == torch.float64
     torch.testing.assert_close(layer(x.float()), wide.float())
+
+
+def test_a_cpu_attends_in_full_precision_and_rounds_once() -> None:
+    """Whose own bfloat16 attention is slower and less exact."""
+    torch.manual_seed(0)
+    layer = Attention(16, 2)
+    for weight in layer.parameters():
+        torch.nn.init.normal_(weight)
+    x = torch.randn(3, 7, 16).bfloat16()
+    q, k, v = layer.qkv_proj(x).view(3, 7, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    wide = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).bfloat16()
+    mixed = layer.o_proj(wide.transpose(1, 2).reshape(3, 7, 16))
+    assert torch.equal(layer(x, None), mixed)
+    half = layer.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(3, 7, 16))
+    assert not torch.equal(half, mixed), "nothing that could tell them apart"
 
 
 def test_rms_norm_divides_by_the_root_mean_square() -> None:

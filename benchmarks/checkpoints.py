@@ -1,0 +1,131 @@
+"""Saving and loading a checkpoint against torch.save and torch.load of the same tensors.
+
+    python -m benchmarks.checkpoints
+
+The published model, 40 thousand puzzle rows, sixteen slots. Ours are files that a killed process
+cannot leave half written, each with its hash, which loading looks at; torch's is one pickle without
+either. All wait until the disk has it. The floor is the same bytes written, or read, once. Writes
+benchmarks/results/checkpoints.json.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import faster, in_turns, record, table
+from hybrid.checkpoint import newest
+from hybrid.config import Config, load
+from hybrid.context import LocalContext
+from hybrid.dataset import Dataset, prepare
+from hybrid.train.saving import save_checkpoint
+from hybrid.train.state import TrainState, fresh, restore
+
+CPU = torch.device("cpu")
+CONFIG = Path(__file__).parents[1] / "configs" / "trm_arc1.yaml"
+ROUNDS = 3
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        rows = compare(Path(folder))
+    print(table(rows))
+    record("checkpoints", rows)
+
+
+def compare(root: Path, *keys: str) -> list[dict[str, Any]]:
+    """One line a way of saving and of loading; `keys` change the config."""
+    folders = [f"paths.root={root / 'root'}", f"paths.data={root / 'data'}"]
+    config = load(CONFIG, ["data.training=[]", "data.variants=100", *folders, *keys])
+    prepare(config.data, config.data_folder, say=lambda line: None)
+    dataset = Dataset.open(config.data_folder)
+    state = fresh(config, dataset, range(16), CPU)
+    return _compare(config, dataset, state, root)
+
+
+def _compare(
+    config: Config, dataset: Dataset, state: TrainState, root: Path
+) -> list[dict[str, Any]]:
+    config = replace(config, training=replace(config.training, batch_size=16))
+    context, ours, theirs = LocalContext(CPU), root / "ours", root / "theirs.pt"
+    raw = root / "raw"
+
+    def save() -> None:
+        state.step += 1
+        save_checkpoint(state, {"kind": "trm"}, dataset, config, context, ours)
+
+    def open_newest() -> None:
+        found = newest(ours)
+        assert found is not None
+        restore(state, found)
+
+    def save_torch() -> None:
+        torch.save(tensors, theirs)
+        with theirs.open("rb+") as file:
+            os.fsync(file.fileno())
+
+    def read_torch() -> None:
+        for name, value in torch.load(theirs).items():
+            tensors[name].copy_(value)
+
+    save()
+    size = sum(path.stat().st_size for path in ours.glob("*/*.safetensors"))
+    content = os.urandom(size)
+    tensors = _tensors(state)
+    rows = []
+    for what, works in (
+        (
+            "save",
+            {
+                "torch": save_torch,
+                "ours": save,
+                "floor": lambda: _write(raw, content),
+            },
+        ),
+        (
+            "load",
+            {"torch": read_torch, "ours": open_newest, "floor": raw.read_bytes},
+        ),
+    ):
+        seconds = in_turns(works, rounds=ROUNDS)
+        rows += [
+            {
+                "what": what,
+                "side": side,
+                "MB": round(size / 1e6, 1),
+                "s": round(statistics.median(took), 3),
+                "times torch": faster(seconds["torch"], took),
+            }
+            for side, took in seconds.items()
+        ]
+    return rows
+
+
+def _tensors(state: TrainState) -> dict[str, torch.Tensor]:
+    """All that a checkpoint holds."""
+    parts = {
+        "model": state.model.state_dict(),
+        "average": state.average.shadow,
+        "m": state.optimizer.m,
+        "v": state.optimizer.v,
+        "carry": state.carry.tensors(),
+    }
+    return {f"{part}.{name}": value for part, of in parts.items() for name, value in of.items()}
+
+
+def _write(path: Path, content: bytes) -> None:
+    """With what ours waits for as well: that it is on the disk."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+if __name__ == "__main__":
+    main()
