@@ -113,13 +113,17 @@ def _wait() -> None:
 
 
 def _commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=RESULTS.parent,
-        capture_output=True,
-        text=True,
+    def git(*asked: str) -> str:
+        done = subprocess.run(
+            ["git", *asked], cwd=RESULTS.parents[1], capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    # What is measured changes results/, and that alone does not make it another program.
+    changed = git(
+        "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"
     )
-    return done.stdout.strip() or "unknown"
+    return f"{git('describe', '--always') or 'unknown'}{'-dirty' if changed else ''}"
 
 
 def _processor() -> str:
