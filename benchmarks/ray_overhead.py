@@ -25,7 +25,6 @@ from hybrid.config import Config, load
 from hybrid.dataset import prepare
 from hybrid.train.runlog import read_metrics
 
-ROUNDS = 2
 SKIPPED_LINES = 2
 SIDES = {0: "one process", 1: "one Ray worker", 2: "two Ray workers"}
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
@@ -40,12 +39,13 @@ class Size:
     name: str
     steps: int
     every: int
+    rounds: int
     keys: tuple[str, ...] = ()
 
 
 SIZES = (
-    Size(name="demo: 0.33 M, 6 x 6, batch 16", steps=300, every=30),
-    Size(name="7 M, 30 x 30, batch 2", steps=12, every=2, keys=LARGE),
+    Size(name="demo: 0.33 M, 6 x 6, batch 16", steps=200, every=20, rounds=2),
+    Size(name="7 M, 30 x 30, batch 2", steps=10, every=2, rounds=1, keys=LARGE),
 )
 
 
@@ -55,7 +55,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for number, size in enumerate(SIZES):
         runs: dict[int, list[dict[str, float]]] = {workers: [] for workers in SIDES}
-        for turn in range(ROUNDS):
+        for turn in range(size.rounds):
             for workers, of_side in runs.items():
                 of_side.append(timed(config(root, number, size, workers, turn)))
         rows += compare(size.name, runs)
@@ -72,6 +72,7 @@ def config(root: Path, number: int, size: Size, workers: int, turn: int) -> Conf
             f"training.save_every={size.steps}",
             "training.probe_pairs=0",
             f"cluster.num_workers={workers}",
+            "cluster.cpus_per_worker=0.5",  # two workers and who makes their rows, on two cores
             f"logging.run=turn{turn}-workers{workers}",
             f"logging.every={size.every}",
             "logging.wandb=false",

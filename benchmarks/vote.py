@@ -37,7 +37,7 @@ ROUNDS = 3
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", type=int, default=4)
-    parser.add_argument("--views", type=int, default=3)
+    parser.add_argument("--views", type=int, default=2)
     asked = parser.parse_args()
     trm = TRM(MODEL, seed=0).eval()
     plain = PlainTRM(MODEL)
