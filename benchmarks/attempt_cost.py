@@ -3,7 +3,7 @@
     python -m benchmarks.attempt_cost [MODELS]
 
 An attempt is what the hybrid does by default: the latent, the feedback on the attempt before, the
-end of the turn, the cue. Both are measured in turns, with our attention and with transformers' own
+end of the turn, the cue. All are measured in turns, with our attention and with transformers' own
 (sdpa), which copies keys and values for every query head. Writes
 benchmarks/results/attempt_cost.json.
 """
@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.measure import faster, in_turns, record, table
 from hybrid.adapters import AdapterConfig
-from hybrid.llm import LlamaConfig, Reader, open_reader
+from hybrid.llm import LlamaConfig, open_reader
 from hybrid.llm.attention import NAME
 from hybrid.solver import Confidence, FeedbackConfig, Seen
 from hybrid.solver.feedback import MOST_CELLS
@@ -38,36 +38,37 @@ def main() -> None:
     k, hidden = AdapterConfig().prefix_tokens, reader.backbone.hidden_size
     latent = torch.randn(1, k, hidden) * reader.backbone.embedding_scale
     said = [[feedback_line()]]
-    rows = []
+    backbone = reader.backbone
     with torch.no_grad():
-        for attention in (NAME, "sdpa"):
-            reader.backbone.model.set_attn_implementation(attention)
-            encoding = reader.backbone.encode([problem])
-            tokens = reader.read(encoding, latent, said, recompute=False)[2][0]
-            again, attempt = "problem again", "attempt"
-            seconds = in_turns(
-                {
-                    again: lambda: reader.backbone.encode([problem]),
-                    attempt: partial(read, reader, encoding, latent, said),
-                },
-                rounds=ROUNDS,
-            )
-            rows += [
-                {
-                    "attention": attention,
-                    "what": what,
-                    "tokens": read_tokens,
-                    "s": round(statistics.median(seconds[what]), 3),
-                    "of the problem's time": faster(seconds[what], seconds[again]),
-                }
-                for what, read_tokens in ((again, PROBLEM_TOKENS), (attempt, tokens))
-            ]
+        encoding = backbone.encode([problem])
+        tokens = reader.read(encoding, latent, said, recompute=False)[2][0]
+
+        def again(attention: str) -> None:
+            backbone.model.set_attn_implementation(attention)
+            backbone.encode([problem])
+
+        def attempt(attention: str) -> None:
+            backbone.model.set_attn_implementation(attention)
+            reader.read(encoding, latent, said, recompute=False)
+
+        sides = {
+            f"{what}, {attention}": partial(work, attention)
+            for what, work in (("problem again", again), ("attempt", attempt))
+            for attention in (NAME, "sdpa")
+        }
+        seconds = in_turns(sides, rounds=ROUNDS)
+    whole = next(iter(seconds.values()))
+    rows = [
+        {
+            "what, attention": side,
+            "tokens": tokens if side.startswith("attempt") else PROBLEM_TOKENS,
+            "s": round(statistics.median(took), 3),
+            "of the problem's time": faster(took, whole),
+        }
+        for side, took in seconds.items()
+    ]
     print(table(rows))
     record("attempt_cost", rows)
-
-
-def read(reader: Reader, encoding: object, latent: torch.Tensor, said: list[list[str]]) -> None:
-    reader.read(encoding, latent, said, recompute=False)  # type: ignore[arg-type]
 
 
 def feedback_line() -> str:
