@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import measure, steps, stream, vote
+from benchmarks import checkpoints, measure, page, steps, stream, vote
 from hybrid.trm import TRM, TRMConfig
 
 CPU = torch.device("cpu")
@@ -73,7 +73,11 @@ def test_what_is_recorded_says_where_it_was_measured(
 
 
 @pytest.mark.parametrize(
-    "sides", [["plain", "eager"], pytest.param(["plain", "compiled"], marks=pytest.mark.slow)]
+    "sides",
+    [
+        ["plain", "eager", "plain bfloat16", "eager bfloat16"],
+        pytest.param(["plain", "compiled", "compiled bfloat16"], marks=pytest.mark.slow),
+    ],
 )
 def test_steps_are_measured_on_every_side(sides: list[str]) -> None:
     lines = steps.compare("tiny", TINY, 4, CPU, sides, rounds=2, calls=1)
@@ -82,6 +86,8 @@ def test_steps_are_measured_on_every_side(sides: list[str]) -> None:
     ]
     for line in lines:
         assert line["times plain"]["median"] > 0 and line["ms"] > 0
+        assert line["dtype"] == ("bfloat16" if "bfloat16" in line["side"] else "float32")
+        assert line["floor ms"] > 0 and line["floor / time"] > 0
         acts = 1 if line["what"] == "train" else TINY.halt_max_steps
         assert line["samples/s"] == pytest.approx(4 * acts / line["ms"] * 1000, rel=1e-2)
     assert measure.table(lines).count("\n") == len(lines)
@@ -122,3 +128,33 @@ def test_a_vote_is_asked_on_both_canvases(tmp_path: Path, monkeypatch: pytest.Mo
     assert {q.side for q in full} == {30} and min(q.side for q in small) < 30
     assert all(len(q.views) == 2 for q in full)
     assert np.all([q.side >= max(q.task.test[0].input.shape) for q in small])
+
+
+def test_checkpoints_are_compared_with_the_same_bytes(tmp_path: Path) -> None:
+    small = ("data.variants=1", "trm.hidden_size=64", "trm.puzzle_emb_ndim=64", "data.max_side=10")
+    rows = checkpoints.compare(tmp_path, *small, "trm.puzzle_emb_len=1")
+    assert [(row["what"], row["side"]) for row in rows] == [
+        (what, side) for what in ("save", "load") for side in ("torch", "ours", "floor")
+    ]
+    assert len({row["MB"] for row in rows}) == 1
+    assert all(row["times torch"]["median"] > 0 for row in rows)
+    theirs = (tmp_path / "theirs.pt").stat().st_size / 1e6
+    assert rows[0]["MB"] == pytest.approx(theirs, rel=0.05)
+    assert (tmp_path / "data" / "dataset.json").exists(), "prepared somewhere else"
+
+
+def test_the_page_has_the_newest_results() -> None:
+    """python -m benchmarks.page"""
+    text = page.PAGE.read_text()
+    assert page.filled(text) == text
+    places = page.PLACE.findall(text)
+    assert len(places) >= 6 and all((measure.RESULTS / f"{name}.json").exists() for name in places)
+
+
+def test_a_row_of_a_table_is_a_line_of_the_page() -> None:
+    ratio = {"median": 1.5, "from": 1.25, "to": 1.75}
+    assert measure.markdown([{"side": "ours", "ms": 12345.6, "ratio": ratio}]).splitlines() == [
+        "| side | ms | ratio |",
+        "| --- | --- | --- |",
+        "| ours | 12346 | 1.50 (1.25-1.75) |",
+    ]
