@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
 import ray.data
 from ray.data import DataContext
+from ray.data.dataset import MaterializedDataset
 
 from hybrid import storage
 from hybrid.dataset import Dataset, Stream
@@ -17,8 +19,8 @@ from hybrid.errors import UserError
 
 ROWS_PER_BLOCK = 256
 """Small blocks: the first one is what a worker waits for."""
-BLOCKS_PER_PIPELINE = 256
-"""A pipeline covers so many blocks, then the next one starts, a short pause each time."""
+BLOCKS_PER_PIPELINE = 32
+"""Few enough that they are all made at once: see `ray_rounds`."""
 
 
 def quiet() -> None:
@@ -31,7 +33,9 @@ def ray_rounds(stream: Stream, slots: range, total_slots: int, first: int) -> It
     """Rounds `first`, `first` + 1, ... of some slots, made by Ray Data tasks in the cluster.
 
     What a task needs to know is the number of a block and the dataset's folder: rows are a function
-    of their position.
+    of their position. A pipeline is made whole, and the next one while its rows are taken. One that
+    is only as fast as its rows are taken keeps a thread of the worker busy for as long as it
+    lives, which cost two workers on two cores half of their time.
     """
     place = storage.place(stream.dataset.folder)
     per_block = max(1, ROWS_PER_BLOCK // len(slots))
@@ -45,13 +49,19 @@ def ray_rounds(stream: Stream, slots: range, total_slots: int, first: int) -> It
         (number,) = block["id"].tolist()
         return _stream(place, *recipe).rounds(number, per_block, slots, total_slots)
 
-    while True:
+    def pipeline(first: int) -> MaterializedDataset:
         last = first + BLOCKS_PER_PIPELINE * per_block
         numbers = [{"id": number} for number in range(first, last, per_block)]
-        pipeline = ray.data.from_items(numbers, override_num_blocks=len(numbers))
-        made = pipeline.map_batches(make, batch_size=None, batch_format="numpy")
-        yield from made.iter_batches(batch_size=len(slots), batch_format="numpy")
-        first = last
+        plan = ray.data.from_items(numbers, override_num_blocks=len(numbers))
+        return plan.map_batches(make, batch_size=None, batch_format="numpy").materialize()
+
+    with ThreadPoolExecutor(1) as ahead:
+        coming = ahead.submit(pipeline, first)
+        while True:
+            made = coming.result()
+            first += BLOCKS_PER_PIPELINE * per_block
+            coming = ahead.submit(pipeline, first)
+            yield from made.iter_batches(batch_size=len(slots), batch_format="numpy")
 
 
 @lru_cache(maxsize=2)

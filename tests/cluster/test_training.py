@@ -65,6 +65,31 @@ def test_ray_data_gives_the_rows_of_the_local_stream_in_its_order(
             np.testing.assert_array_equal(ours[name], theirs[name])
 
 
+def test_nothing_runs_beside_training_while_rows_wait_to_be_taken(
+    ray_cluster: None, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pipeline that is slower than it could be keeps Ray Data's executor spinning."""
+    from hybrid.cluster import stream as ray_stream
+
+    # Half a megabyte each, as those of a 30 x 30 canvas are.
+    monkeypatch.setattr(ray_stream, "ROWS_PER_BLOCK", 8192)
+
+    def executors() -> list[str]:
+        names = [thread.name for thread in threading.enumerate()]
+        return [name for name in names if name.startswith("StreamingExecutor")]
+
+    rounds = ray_stream.ray_rounds(Stream(Dataset.open(prepared), seed=3), range(4), 4, 0)
+    assert len(next(rounds)["inputs"]) == 4
+    waited = time.monotonic() + 30
+    while executors() and time.monotonic() < waited:
+        time.sleep(0.1)
+    assert executors() == []
+    before = time.process_time()
+    time.sleep(2)
+    assert time.process_time() - before < 0.5
+    assert len(next(rounds)["inputs"]) == 4
+
+
 def test_one_ray_worker_trains_the_same_weights_as_no_cluster(
     ray_cluster: None, experiment: Experiment, local_run: Path
 ) -> None:
