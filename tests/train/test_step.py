@@ -17,11 +17,11 @@ from torch import Tensor
 from hybrid.config import Config, TrainingConfig
 from hybrid.context import LocalContext
 from hybrid.dataset import Dataset, Stream
-from hybrid.train import Result, TrainState
+from hybrid.train import Result, TrainState, step
 from hybrid.train.feed import Feed
 from hybrid.train.state import fresh
 from hybrid.train.step import Diverged, train_step
-from hybrid.trm import TRM, AdamAtan2, MovingAverage, upstream
+from hybrid.trm import TRM, AdamAtan2, MovingAverage, TRMConfig, upstream
 
 GoingOn = Callable[..., Config]
 Train = Callable[[Config], Result]
@@ -75,6 +75,30 @@ def state_of(model: TRM, config: TrainingConfig, batch: dict[str, Tensor]) -> Tr
         carry=model.initial_carry(batch),
         taken=torch.zeros(len(batch["inputs"]), dtype=torch.int64),
     )
+
+
+def test_a_gpu_is_asked_for_nothing_but_sides_and_whether_all_is_finite(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever else a step read back, the host would wait for. Meta tensors have no values to read,
+    so reading one is an error, and so is a tensor left on the CPU.
+    """
+    monkeypatch.setattr(step, "by_side", lambda rows: [(slice(None), rows)])
+    monkeypatch.setattr(step, "_refuse_non_finite", lambda *_: None)
+    meta = LocalContext(torch.device("meta"))
+    sizes = {"hidden_size": 16, "num_heads": 2, "puzzle_emb_ndim": 16, "halt_max_steps": 3}
+    trm = TRM(TRMConfig(seq_len=9, num_puzzle_identifiers=5, puzzle_emb_len=1, **sizes))
+    tokens = torch.zeros(4, 9, dtype=torch.int32, device="meta")
+    rows = torch.zeros(4, dtype=torch.int32, device="meta")
+    batch = {"inputs": tokens, "labels": tokens, "puzzle_identifiers": rows, "side": rows}
+    config = TrainingConfig(batch_size=4)
+    state = state_of(trm.to("meta"), config, batch)
+    for _ in range(2):
+        sums = train_step(state, batch, config, 9, meta)
+    assert state.step == 2 and state.carry.halted.is_meta
+    assert all(value.is_meta for value in sums.values())
+    with pytest.raises(NotImplementedError):
+        torch.unique(rows)
 
 
 @pytest.fixture
