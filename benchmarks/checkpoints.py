@@ -4,7 +4,8 @@
 
 The published model, 40 thousand puzzle rows, sixteen slots. Ours are files that a killed process
 cannot leave half written, each with its hash, which loading looks at; torch's is one pickle without
-either. All wait until the disk has it. The floor is the same bytes written, or read, once. Writes
+either. All wait until the disk has it; all are read back from memory, because they have just been
+written. The floor is the same bytes written, or read, once. Writes
 benchmarks/results/checkpoints.json.
 """
 
@@ -29,7 +30,7 @@ from hybrid.train.state import TrainState, fresh, restore
 
 CPU = torch.device("cpu")
 CONFIG = Path(__file__).parents[1] / "configs" / "trm_arc1.yaml"
-ROUNDS = 3
+ROUNDS = 10
 
 
 def main() -> None:

@@ -335,6 +335,7 @@ def _operations() -> dict[str, Any]:
         "inputs": tokens,
         "labels": tokens.clone(),
         "puzzle_identifiers": torch.zeros(rows, dtype=torch.int32),
+        "side": torch.full((rows,), 3, dtype=torch.int32),
     }
     named = dict(trm.named_parameters())
     state = TrainState(

@@ -146,6 +146,7 @@ def compare(
         before = _allocated(device)
         trainers[side] = trainer = Side(side, config, batch_size, device)
         for kind in ("train", "evaluate"):
+            _allocated(device)
             step = trainer.train if kind == "train" else trainer.evaluate
             first[side, kind] = sum(seconds_of(partial(step, batch)) for batch in batches[:2])
             memory[side, kind] = _allocated(device, peak=True) - before

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import checkpoints, measure, page, steps, stream, vote
+from benchmarks import checkpoints, measure, page, scale_model, steps, stream, vote
 from hybrid.trm import TRM, TRMConfig
 
 CPU = torch.device("cpu")
@@ -158,3 +158,9 @@ def test_a_row_of_a_table_is_a_line_of_the_page() -> None:
         "| --- | --- | --- |",
         "| ours | 12346 | 1.50 (1.25-1.75) |",
     ]
+
+
+def test_the_cost_model_counts_the_operations_of_our_own_step() -> None:
+    recorded = json.loads(scale_model.PARTS.read_text())["operations of a step"]
+    [counted] = scale_model._operations().values()
+    assert counted == pytest.approx(recorded, rel=0.02)

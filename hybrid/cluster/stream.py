@@ -18,9 +18,9 @@ from hybrid.dataset.stream import Rows
 from hybrid.errors import UserError
 
 ROWS_PER_BLOCK = 256
-"""Small blocks: the first one is what a worker waits for."""
+"""Rows that a task makes."""
 BLOCKS_PER_PIPELINE = 32
-"""Few enough that they are all made at once: see `ray_rounds`."""
+"""A worker waits for so many blocks before its first row, and holds twice as many."""
 
 
 def quiet() -> None:
@@ -34,8 +34,8 @@ def ray_rounds(stream: Stream, slots: range, total_slots: int, first: int) -> It
 
     What a task needs to know is the number of a block and the dataset's folder: rows are a function
     of their position. A pipeline is made whole, and the next one while its rows are taken. One that
-    is only as fast as its rows are taken keeps a thread of the worker busy for as long as it
-    lives, which cost two workers on two cores half of their time.
+    had to wait for its reader would keep Ray Data's executor busy, in the worker, for as long as it
+    lives: that cost two workers on two cores half of their time.
     """
     place = storage.place(stream.dataset.folder)
     per_block = max(1, ROWS_PER_BLOCK // len(slots))
