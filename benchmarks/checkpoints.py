@@ -5,7 +5,7 @@
 The published model, 40 thousand puzzle rows, sixteen slots. Ours are files that a killed process
 cannot leave half written, each with its hash, which loading looks at; torch's is one pickle without
 either. All wait until the disk has it; all are read back from memory, because they have just been
-written. The floor is the same bytes written, or read, once. Writes
+written. Beside them the same bytes as one file, written and read whole. Writes
 benchmarks/results/checkpoints.json.
 """
 
@@ -86,12 +86,12 @@ def _compare(
             {
                 "torch": save_torch,
                 "ours": save,
-                "floor": lambda: _write(raw, content),
+                "bytes alone": lambda: _write(raw, content),
             },
         ),
         (
             "load",
-            {"torch": read_torch, "ours": open_newest, "floor": raw.read_bytes},
+            {"torch": read_torch, "ours": open_newest, "bytes alone": raw.read_bytes},
         ),
     ):
         seconds = in_turns(works, rounds=ROUNDS)
