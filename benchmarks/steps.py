@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from math import isqrt
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,14 +28,15 @@ from torch import Tensor
 
 from benchmarks.measure import faster, in_turns, record, seconds_of, table
 from benchmarks.plain import PlainTrainer, PlainTRM
-from hybrid.config import EvaluationConfig, TrainingConfig
+from hybrid.config import EvaluationConfig, TrainingConfig, load
 from hybrid.context import LocalContext
 from hybrid.evaluate.solve import predict
 from hybrid.train.state import TrainState
 from hybrid.train.step import train_step
 from hybrid.trm import TRM, AdamAtan2, MovingAverage, TRMConfig
 
-IDENTIFIERS = 1000
+DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
+KINDS = ("train", "evaluate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,52 +48,28 @@ class Size:
     calls: int = 1
 
 
-def _size(batch: dict[str, int], rounds: int, calls: int = 1, **sizes: Any) -> Size:
-    model = TRMConfig(num_puzzle_identifiers=IDENTIFIERS, **sizes)
-    return Size(model=model, batch=batch, rounds=rounds, calls=calls)
-
+FULL = TRMConfig(num_puzzle_identifiers=1000)
+SMALL = replace(FULL, seq_len=100, halt_max_steps=4)
+GOLDEN = replace(
+    SMALL, hidden_size=64, num_heads=2, puzzle_emb_ndim=64, puzzle_emb_len=4, H_cycles=2, L_cycles=3
+)
+"""That of the golden training file."""
 
 SIZES = {
-    # That of the golden training file: 10 x 10.
-    "golden": _size(
-        {"cpu": 4, "cuda": 4096},
+    "golden": Size(model=GOLDEN, batch={"cpu": 4, "cuda": 4096}, rounds=12, calls=5),
+    "demo": Size(
+        model=replace(load(DEMO).trm.model, seq_len=36, num_puzzle_identifiers=1000),
+        batch={"cpu": 16, "cuda": 2048},
         rounds=12,
         calls=5,
-        hidden_size=64,
-        num_heads=2,
-        H_cycles=2,
-        L_cycles=3,
-        halt_max_steps=4,
-        puzzle_emb_ndim=64,
-        puzzle_emb_len=4,
-        seq_len=100,
     ),
-    # The demo's model.
-    "demo": _size(
-        {"cpu": 16, "cuda": 2048},
-        rounds=12,
-        calls=5,
-        hidden_size=128,
-        num_heads=4,
-        expansion=2,
-        H_cycles=1,
-        L_cycles=2,
-        halt_max_steps=4,
-        puzzle_emb_ndim=128,
-        puzzle_emb_len=2,
-        seq_len=36,
-    ),
-    "medium": _size(
-        {"cpu": 8, "cuda": 768},
+    "medium": Size(
+        model=replace(SMALL, hidden_size=256, puzzle_emb_ndim=256),
+        batch={"cpu": 8, "cuda": 768},
         rounds=3,
-        hidden_size=256,
-        num_heads=8,
-        puzzle_emb_ndim=256,
-        seq_len=100,
-        halt_max_steps=4,
     ),
     # Two ACT steps, not sixteen: each costs the same.
-    "full": _size({"cpu": 1, "cuda": 192}, rounds=3, halt_max_steps=2),
+    "full": Size(model=replace(FULL, halt_max_steps=2), batch={"cpu": 1, "cuda": 192}, rounds=3),
 }
 
 
@@ -145,10 +123,10 @@ def compare(
     for side in sides:
         before = _allocated(device)
         trainers[side] = trainer = Side(side, config, batch_size, device)
-        for kind in ("train", "evaluate"):
+        for kind in KINDS:
             _allocated(device)
-            step = trainer.train if kind == "train" else trainer.evaluate
-            first[side, kind] = sum(seconds_of(partial(step, batch)) for batch in batches[:2])
+            work = trainer.of(kind)
+            first[side, kind] = sum(seconds_of(partial(work, batch)) for batch in batches[:2])
             memory[side, kind] = _allocated(device, peak=True) - before
     rates = {
         dtype: matmul_flops(config, batch_size, dtype, device)
@@ -156,18 +134,15 @@ def compare(
     }
     moved = optimizer_seconds(config, device)
     lines = []
-    for kind in ("train", "evaluate"):
-        turns = {
-            side: _cycling(trainer.train if kind == "train" else trainer.evaluate, batches)
-            for side, trainer in trainers.items()
-        }
+    for kind in KINDS:
+        turns = {side: _cycling(trainer.of(kind), batches) for side, trainer in trainers.items()}
         seconds = in_turns(turns, rounds=rounds, calls=calls)
-        steps = 1 if kind == "train" else config.halt_max_steps
         train = kind == "train"
-        work = batch_size * steps * flops(config, train=train)
+        steps = 1 if train else config.halt_max_steps
+        operations = batch_size * steps * flops(config, train=train)
         for side in sides:
             median = statistics.median(seconds[side])
-            floor = work / rates[trainers[side].dtype] + (moved if train else 0)
+            floor = operations / rates[trainers[side].dtype] + (moved if train else 0)
             lines.append(
                 {
                     "size": name,
@@ -218,6 +193,10 @@ class Side:
             taken=torch.zeros(batch, dtype=torch.int64),
         )
 
+    def of(self, kind: str) -> Callable[[dict[str, Tensor]], None]:
+        """What it does with a batch."""
+        return self.train if kind == "train" else self.evaluate
+
     def train(self, batch: dict[str, Tensor]) -> None:
         if self.plain:
             self.plain.step(batch, 1e-4, 1e-2)
@@ -252,7 +231,7 @@ def random_rows(config: TRMConfig, rows: int, seed: int, device: torch.device) -
 def flops(config: TRMConfig, *, train: bool) -> float:
     """Of one row and one ACT step: two for each multiply-add of a matrix product."""
     model = TRM(replace(config, num_puzzle_identifiers=1))
-    weights = sum(p.numel() for name, p in model.blocks.named_parameters())
+    weights = sum(parameter.numel() for parameter in model.blocks.parameters())
     N = config.positions
     net = 2 * weights * N + 4 * N * N * config.hidden_size * config.L_layers
     nets = config.H_cycles * (config.L_cycles + 1)

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import checkpoints, measure, page, scale_model, steps, stream, vote
+from benchmarks import (
+    canvas,
+    checkpoints,
+    measure,
+    page,
+    ray_overhead,
+    scale_model,
+    steps,
+    stream,
+    vote,
+)
+from benchmarks.__main__ import BENCHMARKS
+from hybrid.arc import grid_to_string
+from hybrid.dataset import Dataset, prepare
 from hybrid.trm import TRM, TRMConfig
 
 CPU = torch.device("cpu")
@@ -164,3 +179,55 @@ def test_the_cost_model_counts_the_operations_of_our_own_step() -> None:
     recorded = json.loads(scale_model.PARTS.read_text())["operations of a step"]
     [counted] = scale_model._operations().values()
     assert counted == pytest.approx(recorded, rel=0.02)
+
+
+def test_make_bench_names_benchmarks_that_are_there() -> None:
+    for module in BENCHMARKS.values():
+        assert callable(importlib.import_module(module).main), module
+
+
+def test_rows_lie_where_the_model_is() -> None:
+    rows = steps.random_rows(TINY, 2, 0, torch.device("meta"))
+    assert all(value.is_meta for value in rows.values())
+
+
+def test_a_slower_side_is_less_than_once_as_fast() -> None:
+    def run(step: float) -> dict[str, float]:
+        return {"step": step, "beside": 10 * step, "waiting": 0.25}
+
+    runs = {0: [run(1.0), run(2.0)], 1: [run(2.0), run(4.0)], 2: [run(0.5), run(1.0)]}
+    lines = ray_overhead.compare("some", runs)
+    assert [line["side"] for line in lines] == list(ray_overhead.SIDES.values())
+    assert [line["times one process"]["median"] for line in lines] == [1.0, 0.5, 2.0]
+    assert [line["ms a step"] for line in lines] == [1500, 3000, 750]
+
+
+def test_canvases_are_compared_on_tasks_of_both_sizes(tmp_path: Path) -> None:
+    canvas.choose(tmp_path / "tasks", 6)
+    config = canvas.of(tmp_path, "bucketed", 10)
+    prepare(config.data, config.data_folder, say=lambda line: None)
+    dataset = Dataset.open(config.data_folder, answers=True)
+    assert sorted(dataset.sides) == [11, 11, 11, 16, 16, 16]
+
+    # Three tasks are answered rightly; then a cell is wrong, the first row is all, there is no grid.
+    expected = []
+    (tmp_path / "predictions").mkdir()
+    for n, task in enumerate(dataset.tasks):
+        tests: list[dict[str, Any]] = []
+        for pair in task.test:
+            assert pair.output is not None
+            said = pair.output.copy()
+            if n == 3:
+                said[0, 0] = (said[0, 0] + 1) % 10
+            elif n == 4:
+                assert len(said) > 1
+                said = said[:1]
+            lines = grid_to_string(said).splitlines()
+            tests.append({"candidates": [{"grid": lines}] if n < 5 else []})
+            expected.append({3: 1 - 1 / said.size}.get(n, float(n < 3)))
+        text = json.dumps({"tests": tests})
+        (tmp_path / "predictions" / f"{task.id}.json").write_text(text)
+    outputs = {"numerator": 3, "denominator": len(expected)}
+    found = canvas.scored(tmp_path, dataset.tasks, {"scores": {"pass@2": {"outputs": outputs}}})
+    assert found["right"].startswith(f"3/{len(expected)} = ")
+    assert found["cells"] == round(float(np.mean(expected)), 3)

@@ -84,8 +84,7 @@ class Attention(nn.Module):
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         if x.device.type == "cpu":
-            # In bfloat16 its backward is up to six times slower, at full size a tenth faster; never
-            # as exact.
+            # There bfloat16 attention is less exact, and its backward up to six times slower.
             q, k, v = (part.to(torch.promote_types(x.dtype, torch.float32)) for part in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v).to(x.dtype)
         # reshape, not view: the kernels differ in the memory layout they return.

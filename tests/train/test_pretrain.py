@@ -6,7 +6,7 @@ import io
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from safetensors.torch import load_file
 
 from hybrid.checkpoint import read
 from hybrid.config import Config
+from hybrid.context import LocalContext
 from hybrid.dataset import Dataset, Stream, prepare
 from hybrid.dataset.stream import Rows
 from hybrid.errors import UserError
-from hybrid.train import Pretraining, Result, estimate, total_steps
+from hybrid.train import Pretraining, Result, estimate, pretrain, total_steps
 from hybrid.train.progress import _last
+from hybrid.train.runlog import read_metrics
 from hybrid.train.saving import trained_on
 from hybrid.trm import TRM
 
@@ -205,3 +207,27 @@ def test_a_tiny_model_learns_its_training_pairs(tmp_path: Path, train: Train) ->
     assert result.trained is not None and result.trained > 0.25
     accuracies = [m["exact_accuracy"] for m in metrics(config.run_folder) if "loss" in m]
     assert accuracies == sorted(accuracies) and accuracies[-1] > 0.2
+
+
+def test_the_share_of_waiting_is_that_of_its_own_steps(begun: Path) -> None:
+    """Rows that take long to come are seen, in the lines of the steps that waited for them."""
+    slow = 0.1
+    waits: list[int] = []
+
+    class Slow(LocalContext):
+        def rounds(self, *asked: Any) -> Iterator[Rows]:
+            for made in super().rounds(*asked):
+                waits.append(1)
+                time.sleep(slow)
+                yield made
+
+    config = config_of(
+        begun,
+        training={"steps": 12, "save_every": 12, "probe_pairs": 0},
+        logging={"run": "slow rows", "every": 3},
+    )
+    pretrain(config, Slow(torch.device("cpu")))
+    lines = [m for m in read_metrics(config.run_folder / "metrics.jsonl") if "loss" in m]
+    assert len(lines) == 4 and all(0 <= line["waiting_for_rows"] < 1 for line in lines)
+    waited = sum(3 * line["seconds_per_step"] * line["waiting_for_rows"] for line in lines)
+    assert len(waits) >= 3 and waited == pytest.approx(slow * len(waits), rel=0.3)
