@@ -209,7 +209,7 @@ def test_canvases_are_compared_on_tasks_of_both_sizes(tmp_path: Path) -> None:
     dataset = Dataset.open(config.data_folder, answers=True)
     assert sorted(dataset.sides) == [11, 11, 11, 16, 16, 16]
 
-    # Three tasks are answered rightly; then a cell is wrong, the first row is all, there is no grid.
+    # Three tasks are answered; then one cell is wrong, one row is all there is, nothing is there.
     expected = []
     (tmp_path / "predictions").mkdir()
     for n, task in enumerate(dataset.tasks):
