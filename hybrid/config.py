@@ -53,6 +53,7 @@ class TRMSection(TRMConfig):
     """The model, and what it starts from."""
 
     init_from: str | None = None
+    """The name of a run, or a checkpoint folder, which has a `/` in it."""
     """A checkpoint folder of the same sizes, or the name of a run under paths.runs, whose newest is
     meant: a new run starts with its averaged weights, and with its puzzle rows where the dataset is
     the same, else with their mean."""
@@ -335,7 +336,7 @@ def from_dict(
     config: Config = adapter(Config).validate_python(known)
     config = replace(config, paths=config.paths.absolute())
     start = config.trm.init_from
-    if start and os.path.exists(os.path.expanduser(start)):
+    if start and "/" in start:
         config = replace(config, trm=replace(config.trm, init_from=_absolute(start)))
     return config
 

@@ -448,7 +448,7 @@ HYBRIDS = {
     "views in training": joint("feedback.source=vote", "feedback.source=vote is for evaluation"),
     "held-out pairs in training": joint("feedback.source=demos", "feedback.source=demos is for"),
     "unknown feedback": joint("feedback.source=voting", "feedback.source", "'voting'"),
-    "a start that is none": joint("trm.init_from=exq", "trm.init_from: exq", "no run in"),
+    "a start that is none": joint("trm.init_from=exq", "trm.init_from: exq", "no run with"),
     "a start of another size": joint(
         "trm.L_cycles=2",
         "trm.init_from",

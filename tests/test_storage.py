@@ -36,10 +36,11 @@ from hybrid.checkpoint import newest, read
 from hybrid.cluster import pretrain as watched
 from hybrid.config import Config, dump
 from hybrid.context import LocalContext
-from hybrid.dataset import prepare
+from hybrid.dataset import Dataset, prepare
 from hybrid.encode import Encoder, plan
 from hybrid.errors import UserError
-from hybrid.train import joint, pretrain, progress
+from hybrid.train import initial_checkpoint, joint, pretrain, progress
+from hybrid.train.state import fresh
 
 JOBS = Path(__file__).parents[1] / "jobs"
 CPU = LocalContext(torch.device("cpu"))
@@ -294,6 +295,27 @@ def begun(root: str, tasks: Path) -> Config:
     prepare(config.data, config.data_folder, say=lambda line: None)
     pretrain(config, CPU)
     return config
+
+
+def test_a_run_starts_from_another_in_the_store_by_its_name_or_by_its_place(
+    begun: Config, tasks: Path, elsewhere: Callable[[], None]
+) -> None:
+    """A sweep hands its trials the place: their runs lie in another folder."""
+    place = storage.join(begun.paths.runs, "run", "checkpoints", "step_00000002")
+    wanted = {"run": 4, place: 2}
+    for start, step in wanted.items():
+        elsewhere()
+        config = config_in(
+            begun.paths.root, tasks, config_of, trm={"init_from": start}, logging={"run": "next"}
+        )
+        found = initial_checkpoint(config)
+        assert found is not None and found.state["step"] == step
+        assert storage.place(found.folder).endswith(begun.paths.runs.partition("?")[2])
+        average = found.tensors("average")
+        trm = fresh(config, Dataset.open(config.data_folder), range(2), CPU.device).trm
+        for name, value in trm.state_dict().items():
+            if name in average:
+                assert torch.equal(value, average[name]), name
 
 
 def longer(config: Config, tasks: Path) -> Config:

@@ -105,17 +105,15 @@ def initial_checkpoint(config: Config) -> Checkpoint | None:
     name = config.trm.init_from
     if name is None:
         return None
-    run = config.runs_folder / name / CHECKPOINTS
-    if storage.exists(run):
-        found = newest(run)
-        if found:
-            return found
-    folder = Path(name).expanduser().absolute()
-    if not folder.exists():
+    if "/" in name:
+        return read(storage.folder(name))
+    found = newest(config.runs_folder / name / CHECKPOINTS)
+    if not found:
         raise UserError(
-            f"trm.init_from: {name} is no checkpoint folder and no run in {run.parents[1]}"
+            f"trm.init_from: {name} is no run with a checkpoint in"
+            f" {storage.place(config.runs_folder)} (a checkpoint folder is written with a /)"
         )
-    return read(folder)
+    return found
 
 
 def refuse_other_sizes(config: TRMConfig, checkpoint: Checkpoint) -> None:

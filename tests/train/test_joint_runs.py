@@ -33,7 +33,7 @@ from hybrid.llm.backbone import Backbone
 from hybrid.llm.tiny import tiny_random
 from hybrid.train import Diverged, Joint, Result, joint, pretrain
 from hybrid.train.loop import train as train_loop
-from hybrid.train.state import fresh
+from hybrid.train.state import fresh, initial_checkpoint
 
 Jointly = Callable[..., Config]
 CPU = LocalContext(torch.device("cpu"))
@@ -148,6 +148,19 @@ def test_a_run_begins_with_the_averaged_weights_and_table_of_another(
         assert torch.equal(row, mean)
 
 
+def test_a_folder_of_the_name_of_a_run_is_not_taken_for_it(
+    jointly: Jointly, begun: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the project's root a run called `hybrid` or `docs` was once looked for in the sources."""
+    (begun / "begun").mkdir()
+    monkeypatch.chdir(begun)
+    config = jointly("a", trm={"init_from": "begun"})
+    found = initial_checkpoint(config)
+    assert found is not None and found.folder.parents[1] == begun / "runs/begun"
+    with pytest.raises(UserError, match=f"{begun / 'begun'}: no checkpoint here"):
+        initial_checkpoint(jointly("a", trm={"init_from": "./begun"}))
+
+
 def test_a_hybrid_begins_with_the_trm_inside_another_hybrid(jointly: Jointly) -> None:
     first = jointly("first", training={"steps": 2})
     average = read(joint(first, CPU).checkpoint).tensors("average")
@@ -164,7 +177,7 @@ def test_a_hybrid_begins_with_the_trm_inside_another_hybrid(jointly: Jointly) ->
         ({"hidden_size": 16, "puzzle_emb_ndim": 16}, "trm.hidden_size 32 there, 16 here"),
         ({"L_cycles": 2}, "trm.L_cycles 1 there, 2 here"),
         ({"puzzle_emb_ndim": 0}, "trm.puzzle_emb_ndim 32 there, 0 here"),
-        ({"init_from": "begum"}, "trm.init_from: begum is no checkpoint folder and no run in"),
+        ({"init_from": "begum"}, "trm.init_from: begum is no run with a checkpoint in"),
     ],
 )
 def test_a_start_that_does_not_fit_is_refused_before_anything_is_written(
