@@ -444,6 +444,15 @@ HYBRIDS = {
         "llama.encodings=true", "llama.encodings", "frozen", also=("llama.frozen=false",)
     ),
     "an adapter of one layer": joint("adapter.layers=1", "adapter.layers", "1"),
+    "a problem longer than the model": joint(
+        "llama.max_prompt_tokens=8193", "llama.max_prompt_tokens: 8193", "8192 positions"
+    ),
+    "a problem and reasoning longer than the model": hybrid(
+        "llama.max_new_tokens=8192", "llama.max_prompt_tokens", "with max_new_tokens", "positions"
+    ),
+    "halting of a hybrid": hybrid(
+        "evaluation.halt=confident", "evaluation.halt=confident", "training.act_steps"
+    ),
     "no attempt": joint("training.max_attempts=0", "training.max_attempts", "0"),
     "views in training": joint("feedback.source=vote", "feedback.source=vote is for evaluation"),
     "held-out pairs in training": joint("feedback.source=demos", "feedback.source=demos is for"),

@@ -141,6 +141,11 @@ def _check(config: Config, checkpoint: Checkpoint, dataset: Dataset) -> None:
         raise UserError(
             f"evaluation.act_steps: {steps} is more than the model's {trm['halt_max_steps']}"
         )
+    if checkpoint.state["kind"] == "hybrid" and config.evaluation.halt != "published":
+        raise UserError(
+            f"evaluation.halt={config.evaluation.halt} is for a TRM alone: an attempt of a hybrid"
+            " makes as many ACT steps as in training (training.act_steps)"
+        )
     if checkpoint.state.get("llama") and config.adapter.inject != "none":
         check_model(config.llama, config.models_folder)
 

@@ -26,7 +26,8 @@ class LlamaConfig:
     """Where the latent of an attempt stands: behind the problem, which is then encoded once, or
     before it, which encodes the problem anew at every attempt."""
     max_prompt_tokens: int = 4096
-    """Budget of the problem text; whole demonstrations are left out, the last first, to fit it."""
+    """Budget of the problem text; whole demonstrations are left out, the last first, to fit it.
+    An evaluation has the one of training."""
     max_new_tokens: int = 0
     """Tokens of reasoning that an attempt may write before it is read; 0 writes none."""
     batch_size: int = 8

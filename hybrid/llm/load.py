@@ -42,11 +42,13 @@ def load_backbone(config: LlamaConfig, device: torch.device, cache: Path) -> Bac
     dtype = compute_dtype(config, device)
     if config.model == "tiny-random":
         model, tokenizer = tiny_random(dtype)
+        _check_length(config, model.config)
         return Backbone(_adapted(model).to(device), tokenizer, config, "none")
     place, revision = _place(config, cache)
     options = {"revision": config.revision} if config.revision else {}
     with _explained(config.model):
         shape_of = AutoConfig.from_pretrained(place, trust_remote_code=False, **options)
+        _check_length(config, shape_of)
         _check_memory(config, shape_of, dtype, device)
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
         model, loaded = AutoModelForCausalLM.from_pretrained(
@@ -67,9 +69,14 @@ def load_backbone(config: LlamaConfig, device: torch.device, cache: Path) -> Bac
 def check_model(config: LlamaConfig, cache: Path) -> None:
     """UserError for a model that is not to be had, before anything is started; loads no weights."""
     place, _ = _place(config, cache)
-    if config.model != "tiny-random":
+    if config.model == "tiny-random":
+        found = tiny_random(torch.float32)[0].config
+    else:
         with _explained(config.model):
-            AutoConfig.from_pretrained(place, trust_remote_code=False, revision=config.revision)
+            found = AutoConfig.from_pretrained(
+                place, trust_remote_code=False, revision=config.revision
+            )
+    _check_length(config, found)
 
 
 def compute_dtype(config: LlamaConfig, device: torch.device) -> torch.dtype:
@@ -177,6 +184,17 @@ def _check_whole(model: str, loaded: Mapping[str, Any]) -> None:
     if missing:
         raise UserError(
             f"llama.model: {model}: tensors are missing, {missing[0]} first; download it again"
+        )
+
+
+def _check_length(config: LlamaConfig, model: Any) -> None:
+    """Behind the last position that it was trained with a model reads on, and reads nonsense."""
+    wanted = config.max_prompt_tokens + config.max_new_tokens
+    most = getattr(model, "max_position_embeddings", None)
+    if most and wanted > most:
+        raise UserError(
+            f"llama.max_prompt_tokens: {wanted} with max_new_tokens, and {config.model} has"
+            f" {most} positions"
         )
 
 

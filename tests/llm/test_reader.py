@@ -129,7 +129,7 @@ def test_too_long_a_prompt_loses_whole_demonstrations_the_last_first(
 ) -> None:
     """One token less than n demonstrations take is the prompt with n - 1."""
     task = arc1["0d3d703e"]
-    whole = Reader(tiny(max_prompt_tokens=10**6)).prompt(task)
+    whole = Reader(tiny(max_prompt_tokens=8192)).prompt(task)
     assert whole.shown == whole.demonstrations == len(task.train) == 4
     most, shown = len(whole.tokens), 4
     while shown:
