@@ -134,10 +134,16 @@ def read(folder: str | Path, *, verified: bool = False) -> Checkpoint:
 def newest(checkpoints: Path) -> Checkpoint | None:
     """The newest whole checkpoint in a folder of them; damaged ones are passed over and logged.
 
-    None where there is no checkpoint; UserError where there are some and all are damaged.
+    None where there is no checkpoint; UserError where there are some and all are damaged. One that
+    was still on its way to a store when its run was killed counts as none.
     """
     damaged: list[UserError] = []
     for name in reversed(_steps(checkpoints)):
+        if _on_its_way(checkpoints / name):
+            log.warning(
+                "checkpoint passed over: %s is not whole", storage.place(checkpoints / name)
+            )
+            continue
         try:
             whole = read(checkpoints / name)
         except UserError as error:
@@ -170,6 +176,11 @@ def prune(written: Path, keep: int) -> None:
 def _steps(checkpoints: Path) -> list[str]:
     """Names of checkpoint folders, oldest first."""
     return [name for name in storage.names(checkpoints) if re.fullmatch(r"step_\d+", name)]
+
+
+def _on_its_way(folder: Path) -> bool:
+    """On disk a checkpoint appears whole; into a store its files go one by one, STATE last."""
+    return storage.is_copy(folder) and not storage.exists(folder / STATE)
 
 
 def _checksum(state: Mapping[str, Any]) -> str:

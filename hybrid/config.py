@@ -15,6 +15,7 @@ from hybrid.adapters import AdapterConfig
 from hybrid.dataset import DataConfig
 from hybrid.errors import UserError, check_fields
 from hybrid.llm.config import LlamaConfig
+from hybrid.llm.known import is_path
 from hybrid.solver.config import FeedbackConfig
 from hybrid.trm import TRMConfig
 from hybrid.validation import adapter, known_only, parse_yaml, unknown_keys, wrong_values
@@ -335,9 +336,12 @@ def from_dict(
         raise UserError(f"{where}: " + "; ".join(found))
     config: Config = adapter(Config).validate_python(known)
     config = replace(config, paths=config.paths.absolute())
-    start = config.trm.init_from
+    # Workers have working directories of their own.
+    start, model = config.trm.init_from, config.llama.model
     if start and "/" in start:
         config = replace(config, trm=replace(config.trm, init_from=_absolute(start)))
+    if is_path(model):
+        config = replace(config, llama=replace(config.llama, model=_absolute(model)))
     return config
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ASKED, TRAINED, config_of, write_tasks
+from helpers import ASKED, TRAINED, config_of, object_store, write_tasks
 
 from hybrid.arc import Task, load_tasks
 from hybrid.config import Config
@@ -34,6 +34,13 @@ def arc1() -> dict[str, Task]:
     """All tasks of ARC-AGI-1 by id."""
     sources = ("arc1-training", "arc1-evaluation")
     return {task.id: task for source in sources for task in load_tasks(source)}
+
+
+@pytest.fixture(scope="session")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], str]]:
+    """bucket() -> the URI of a new place in a real S3 server on this machine, see STORE_KEYS."""
+    with object_store(tmp_path_factory.mktemp("moto") / "log") as new:
+        yield new
 
 
 @pytest.fixture

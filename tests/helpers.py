@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
@@ -30,6 +35,45 @@ from hybrid.train import state
 TRAINED = ("49d1d64f", "74dd1130", "d631b094")
 ASKED = ("25ff71a9", "44f52bb0", "d037b0a7")
 """Real tasks on a canvas of side 5. Not all grids are square; ASKED have 2, 2 and 1 tests."""
+
+STORE_KEYS = {
+    "AWS_ACCESS_KEY_ID": "testing",
+    "AWS_SECRET_ACCESS_KEY": "testing",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+"""The environment of whoever uses an object store."""
+
+
+@contextlib.contextmanager
+def object_store(log: Path) -> Iterator[Callable[[], str]]:
+    """A server that speaks S3, in a process of its own: bucket() -> the URI of a new root."""
+    port, numbers = free_port(), count()
+    options = f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file)
+        try:
+            end = time.monotonic() + 60
+            while not _listens(port):
+                assert time.monotonic() < end, "the server of objects does not listen"
+                time.sleep(0.1)
+            yield lambda: f"s3://bucket{next(numbers)}/arc?{options}&allow_bucket_creation=true"
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as asked:
+        return asked.connect_ex(("127.0.0.1", port)) == 0
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
 
 
 def config_of(root: Path, **sections: dict[str, Any]) -> Config:

@@ -439,6 +439,9 @@ HYBRIDS = {
         "llama.model=meta-llama/Llama-3.2-8B-Instruct", "llama.model", "Llama-3.1-8B-Instruct"
     ),
     "a model that is neither": joint("llama.model=./exp.yaml", "exp.yaml", "folder or a .gguf"),
+    "a folder that looks like a hub's model": joint(
+        "llama.model=tasks/training", "llama.model: tasks/training is a folder", "./tasks/training"
+    ),
     "a folder that is no model": joint("llama.model=./tasks", "llama.model", "tasks"),
     "encodings of a model in training": joint(
         "llama.encodings=true", "llama.encodings", "frozen", also=("llama.frozen=false",)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from hybrid.config import DERIVED, Config, differences, dump, from_dict, load, to_dict
 from hybrid.errors import UserError
+from hybrid.llm.known import is_path
 
 KEYS = [(section, key) for section, keys in to_dict(Config()).items() for key in keys]
 
@@ -209,6 +210,23 @@ def test_a_start_with_a_slash_is_a_folder_and_any_other_a_run(
         (tmp_path / "there").mkdir(exist_ok=True)
 
 
+@pytest.mark.parametrize("model", ["owner/there", "there", "./there", "~/there", "there.gguf"])
+def test_a_model_is_a_folder_or_a_hub_s_by_its_name_alone(
+    model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A training worker has another working directory than the command that started it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    places = {
+        "./there": str(tmp_path / "there"),
+        "~/there": "/home/somebody/there",
+        "there.gguf": str(tmp_path / "there.gguf"),
+    }
+    for _ in range(2):
+        assert from_dict({"llama": {"model": model}}).llama.model == places.get(model, model)
+        (tmp_path / model).mkdir(exist_ok=True, parents=True)
+
+
 def test_a_run_is_called_after_its_file_unless_it_has_a_name(write: Any) -> None:
     assert load(write("", "trm_arc9.yaml")).logging.run == "trm_arc9"
     assert load(write("logging: {run: mine}", "trm_arc9.yaml")).logging.run == "mine"
@@ -331,7 +349,7 @@ VALID = {
     "llama": both(
         READS,
         keys(
-            model=st.text(min_size=1, max_size=8),
+            model=st.text(min_size=1, max_size=8).filter(lambda name: not is_path(name)),
             revision=maybe(NAMES),
             lr=POSITIVE,
             dtype=st.sampled_from(["auto", "float32", "bfloat16", "float64"]),

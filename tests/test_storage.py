@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from itertools import count
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -19,12 +17,14 @@ import pytest
 import torch
 from helpers import (
     ASKED,
+    STORE_KEYS,
     TRAINED,
     assert_close,
     config_of,
     hybrid_of,
     metrics,
     predictions,
+    tensors,
     train_as_rank,
     write_tasks,
 )
@@ -44,57 +44,16 @@ from hybrid.train.state import fresh
 
 JOBS = Path(__file__).parents[1] / "jobs"
 CPU = LocalContext(torch.device("cpu"))
-KEYS = {
-    "AWS_ACCESS_KEY_ID": "testing",
-    "AWS_SECRET_ACCESS_KEY": "testing",
-    "AWS_EC2_METADATA_DISABLED": "true",
-}
 STEP = "runs/run/checkpoints/step_{:08d}"
 
 
-@dataclass(frozen=True)
-class Server:
-    """A server of objects, in a process of its own."""
-
-    port: int
-    numbers: Iterator[int]
-
-    def bucket(self) -> str:
-        """The URI of a new root."""
-        options = f"endpoint_override=127.0.0.1:{self.port}&scheme=http&region=us-east-1"
-        return f"s3://bucket{next(self.numbers)}/arc?{options}&allow_bucket_creation=true"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = (tmp_path_factory.mktemp("moto") / "log").open("w")
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(command, stdout=log, stderr=log)
-    try:
-        for _ in range(300):
-            with socket.socket() as asked:
-                if asked.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.1)
-        else:
-            pytest.fail("the server of objects does not listen")
-        yield Server(port, count())
-    finally:
-        process.kill()
-        process.wait()
-        log.close()
-
-
 @pytest.fixture
-def root(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def root(bucket: Callable[[], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A new place in the store; copies of it are in tmp_path/cache."""
-    for name, value in KEYS.items():
+    for name, value in STORE_KEYS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("ARC_HYBRID_CACHE", str(tmp_path / "cache"))
-    return server.bucket()
+    return bucket()
 
 
 @pytest.fixture
@@ -228,7 +187,7 @@ def test_a_place_of_an_unknown_kind_is_named(place: str, tmp_path: Path) -> None
 def test_a_store_that_does_not_answer_is_named_in_one_line(
     tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in KEYS.items():
+    for name, value in STORE_KEYS.items():
         monkeypatch.setenv(name, value)
     root = "s3://b/arc?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1"
     (tmp_path / "c.yaml").write_text(dump(config_in(root, tasks, config_of)))
@@ -367,6 +326,19 @@ def test_a_newest_checkpoint_that_is_not_whole_in_the_store_is_passed_over(
         assert_close(stored.folder, local.run_folder / "checkpoints" / f"step_{step:08d}", 0, 0)
 
 
+def test_a_run_killed_while_its_first_checkpoint_was_sent_begins_again(
+    begun: Config, elsewhere: Callable[[], None]
+) -> None:
+    before = tensors(newest(begun.run_folder / "checkpoints").folder)
+    for step in (2, 4):
+        damage(begun, step, "state.json", lambda whole: None)
+    elsewhere()
+    assert newest(begun.run_folder / "checkpoints") is None
+    again = tensors(pretrain(begun, CPU).checkpoint)
+    assert again.keys() == before.keys()
+    assert all(torch.equal(again[name], before[name]) for name in before)
+
+
 def test_damage_in_the_store_is_seen_where_there_is_a_whole_copy_only_by_its_digest(
     begun: Config,
 ) -> None:
@@ -407,7 +379,7 @@ def test_old_checkpoints_are_pruned_in_the_store(root: str, tasks: Path) -> None
 
 def train_on_a_machine_of_its_own(cache: str, *args: Any) -> None:
     # The server that forks was started before this module's environment was set.
-    os.environ.update(KEYS, ARC_HYBRID_CACHE=cache)
+    os.environ.update(STORE_KEYS, ARC_HYBRID_CACHE=cache)
     train_as_rank(*args)
 
 

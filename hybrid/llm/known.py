@@ -56,6 +56,11 @@ SHAPES["smollm2-135m"] = Shape(
 _TEXT_MODEL = re.compile(r"(?:(meta-llama)/)?(Llama-3\.\d-\d+B(?:-\w+)?)", re.IGNORECASE)
 
 
+def is_path(model: str) -> bool:
+    """Whether a model's name is a place on disk, by the name alone: a hub's is `owner/name`."""
+    return model.startswith((".", "/", "~")) or model.endswith(".gguf")
+
+
 def misnamed(model: str) -> str | None:
     """What to say of a name like Meta's Llama 3 text models that is none; None for other names."""
     match = _TEXT_MODEL.fullmatch(model)

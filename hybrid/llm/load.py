@@ -24,7 +24,7 @@ from hybrid.errors import UserError, make_folder
 from hybrid.llm.attention import use_grouped_attention
 from hybrid.llm.backbone import Backbone
 from hybrid.llm.config import LlamaConfig
-from hybrid.llm.known import SHAPES, Shape, misnamed
+from hybrid.llm.known import SHAPES, Shape, is_path, misnamed
 from hybrid.llm.tiny import tiny_random
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,9 @@ def _place(config: LlamaConfig, cache: Path) -> tuple[str, str]:
         if wrong:
             raise UserError(wrong)
         file = Path(name).expanduser()
-        if not _is_path(name):
+        if not is_path(name):
+            if file.exists():  # and is not there where a worker's working directory is
+                raise UserError(f"llama.model: {name} is a folder here: write ./{name}")
             return name, config.revision or "main"
         if not file.exists():
             raise UserError(f"llama.model: {name}: no such file or folder")
@@ -129,11 +131,6 @@ def _place(config: LlamaConfig, cache: Path) -> tuple[str, str]:
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     return str(_converted(file, cache / f"{file.stem}-{digest[:12]}")), f"sha256:{digest}"
-
-
-def _is_path(name: str) -> bool:
-    """Hub ids are `owner/name`; anything that exists, or looks like a path, is one."""
-    return Path(name).expanduser().exists() or name.endswith(".gguf") or name[0] in "./~"
 
 
 def _embedded(name: str) -> Path:
@@ -269,7 +266,7 @@ def _advice(model: str, error: BaseException) -> str:
             " and set HF_TOKEN or run `hf auth login`"
         )
     text = " ".join(str(error).split())
-    if not _is_path(model):
+    if not is_path(model):
         if any(isinstance(cause, LocalEntryNotFoundError) for cause in causes) or "connect" in text:
             return (
                 "not on this machine, and the hub is out of reach; download it elsewhere"

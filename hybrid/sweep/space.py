@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -68,7 +68,15 @@ def parse_space(config: Config) -> tuple[Axis, ...]:
                     break  # whatever its value
     if problems:
         raise UserError("; ".join(dict.fromkeys(problems)))
-    return tuple(axes)
+    return tuple(_resolved(config, axis) for axis in axes)
+
+
+def _resolved(config: Config, axis: Axis) -> Axis:
+    """A model's folder is the same for all trials, whatever working directory each has."""
+    if axis.key != "llama.model":
+        return axis
+    places = [trial_config(config, {axis.key: value}).llama.model for value in axis.values]
+    return replace(axis, values=tuple(places))
 
 
 def _samples(axis: Axis) -> tuple[Any, ...]:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import assert_close, metrics, predictions, tensors
+from helpers import STORE_KEYS, assert_close, metrics, predictions, tensors
 from pyarrow import fs
 
 from hybrid.checkpoint import newest
@@ -28,11 +26,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS = {"steps": 300, "save_every": 50, "keep_checkpoints": 1000, "probe_pairs": 0, "lr": 1e-5}
 LAST = "checkpoints/step_00000300"
 TWO = {"num_workers": 2, "cpus_per_worker": 2}
-AWS = {
-    "AWS_ACCESS_KEY_ID": "x",
-    "AWS_SECRET_ACCESS_KEY": "x",
-    "AWS_EC2_METADATA_DISABLED": "true",
-}
 
 
 def step_of(config: Config) -> int:
@@ -72,7 +65,7 @@ def calm(alone: Any, experiment: Experiment) -> Path:
 @pytest.fixture(scope="module")
 def cluster(start_cluster: Callable[..., Any]) -> Any:
     """A head for the data stream, too small for a worker."""
-    return start_cluster(1, RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="0.5", **AWS)
+    return start_cluster(1, RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="0.5", **STORE_KEYS)
 
 
 @pytest.fixture
@@ -265,41 +258,17 @@ def test_a_node_lost_a_moment_ago_does_not_keep_a_job_from_starting(
     assert "Traceback" not in done.err
 
 
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A URI in a real S3 server on this machine."""
-    for name, value in AWS.items():
-        monkeypatch.setenv(name, value)
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    log = (tmp_path / "moto.log").open("w")
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=log,
-        stderr=log,
-    )
-    end = time.monotonic() + 60
-    while socket.socket().connect_ex(("127.0.0.1", port)):
-        assert time.monotonic() < end, "moto does not start"
-        time.sleep(0.2)
-    yield (
-        f"s3://bucket/arc?endpoint_override=127.0.0.1:{port}&scheme=http"
-        "&allow_bucket_creation=true&region=us-east-1"
-    )
-    server.kill()
-    server.wait()
-    log.close()
-
-
 def test_nodes_that_share_nothing_but_a_store_prepare_train_and_evaluate(
     cluster: Any,
     nodes: Nodes,
     experiment: Experiment,
-    store: str,
+    bucket: Callable[[], str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for name, value in STORE_KEYS.items():
+        monkeypatch.setenv(name, value)
+    store = bucket()
     nodes(0)
     nodes(2)
     config = experiment("stored", paths={"root": store, "data": None}, cluster=TWO)

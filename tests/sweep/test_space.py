@@ -38,6 +38,15 @@ def test_a_space_of_every_kind_is_understood() -> None:
     assert {axis.key: {axis.kind: list(axis.values)} for axis in axes} == space
 
 
+def test_the_folder_of_a_model_is_found_from_the_working_directory_of_the_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray gives every trial another one."""
+    monkeypatch.chdir(tmp_path)
+    [axis] = parse_space(config_of_space({"llama.model": {"choice": ["./mine", "owner/name"]}}))
+    assert axis.values == (str(tmp_path / "mine"), "owner/name")
+
+
 def test_all_problems_are_named_at_once() -> None:
     said = problems(
         {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,10 +18,13 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from helpers import STORE_KEYS
 
 from hybrid import config as configs
+from hybrid import storage
 
-SWEEP = Path(__file__).parents[2] / "tune" / "sweep.py"
+ROOT = Path(__file__).parents[2]
+SWEEP = ROOT / "tune" / "sweep.py"
 EXPERIMENT = """\
 paths: {root: ROOT}
 data: {training: [arc1-training], evaluation: [], variants: 2, max_side: 3, on_overlap: drop}
@@ -50,10 +54,7 @@ Sweep = Callable[..., subprocess.CompletedProcess[str]]
 @contextlib.contextmanager
 def begun(root: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
     """A sweep in a session of its own, of which nothing is left behind afterwards."""
-    path = root / "sweep.yaml"
-    if not path.exists():
-        root.mkdir(parents=True, exist_ok=True)
-        path.write_text(EXPERIMENT.replace("ROOT", str(root)))
+    path = experiment(root)
     mark = {"ARC_HYBRID_TEST_SWEEP": str(root)}
     process = subprocess.Popen(
         [sys.executable, str(SWEEP), "--config", str(path), *overrides],
@@ -68,6 +69,15 @@ def begun(root: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
     finally:
         kill_all(root)
         process.communicate()
+
+
+def experiment(root: Path) -> Path:
+    """Its file."""
+    path = root / "sweep.yaml"
+    if not path.exists():
+        root.mkdir(parents=True, exist_ok=True)
+        path.write_text(EXPERIMENT.replace("ROOT", str(root)))
+    return path
 
 
 def kill_all(root: Path) -> None:
@@ -108,7 +118,9 @@ def refused(root: Path, *overrides: str) -> str:
 
 
 def ranking(root: Path) -> list[dict[str, Any]]:
-    table = pq.read_table(root / "runs" / "sweep" / "sweep.parquet").to_pylist()
+    path = root / "runs" / "sweep" / "sweep.parquet"
+    storage.obtain(path)
+    table = pq.read_table(path).to_pylist()
     return [{k: v for k, v in row.items() if k != "seconds"} for row in table]
 
 
@@ -231,6 +243,44 @@ def test_killed_in_the_middle_with_all_its_processes_it_ends_as_undisturbed(
     done = sweep(killed, *keys)
     assert done.returncode == 0, done.stderr
     assert ranking(killed) == ranking(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_sweep_in_a_store_starts_from_a_run_there_and_goes_on_on_another_machine(
+    tmp_path: Path, bucket: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed with all its processes; what goes on has an empty cache, and ends as undisturbed."""
+    for name, value in STORE_KEYS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("ARC_HYBRID_CACHE", str(tmp_path / "one"))
+    here, there, store = tmp_path / "here", tmp_path / "there", bucket()
+    places = {here: f"paths.root={here}", there: f"paths.root={store}"}
+    for root, place in places.items():
+        begin = (place, "logging.run=start", "training.steps=2", "data.hold_out_tasks=5")
+        for job in ("prepare", "pretrain"):
+            command = [sys.executable, ROOT / "jobs" / f"{job}.py", "--config", experiment(root)]
+            subprocess.run([*command, *begin], check=True, timeout=100)
+    # One after the other: which trials ASHA ends early depends on who came before.
+    keys = ("trm.init_from=start", "sweep.scheduler=asha", "sweep.max_concurrent=1")
+    done = sweep(here, places[here], *keys)
+    assert done.returncode == 0, done.stderr
+    with begun(there, places[there], *keys) as process:
+        until = time.monotonic() + 240
+        while not any(_reached(file, 8) for file in (tmp_path / "one").rglob("*/metrics.jsonl")):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        kill_all(there)
+    monkeypatch.setenv("ARC_HYBRID_CACHE", str(tmp_path / "two"))
+    done = sweep(there, places[there], *keys)
+    assert done.returncode == 0, done.stderr
+    assert ranking(storage.folder(store)) == ranking(here)
+    assert {row["status"]: row["step"] for row in ranking(here)} == {"done": 12, "stopped early": 4}
+    best = storage.folder(store) / "runs" / "sweep" / "best.yaml"
+    storage.obtain(best)
+    assert configs.load(best).trm.init_from == "start"
+    logs = [log.read_text() for log in (tmp_path / "two").rglob("train_0.log")]
+    assert any(re.search(r" step [48] of 12,", log) for log in logs), "nothing was resumed"
 
 
 def _reached(metrics: Path, step: int) -> bool:
