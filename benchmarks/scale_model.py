@@ -346,6 +346,7 @@ def _operations() -> dict[str, Any]:
         slots=range(rows),
         carry=trm.initial_carry(batch),
         taken=torch.zeros(rows, dtype=torch.int64),
+        trained_on=[],
     )
     with Counting() as counting:
         train_step(state, batch, TrainingConfig(batch_size=rows, steps=9), 9, LocalContext(cpu))

@@ -191,6 +191,7 @@ class Side:
             slots=range(batch),
             carry=ours.initial_carry(rows),
             taken=torch.zeros(batch, dtype=torch.int64),
+            trained_on=[],
         )
 
     def of(self, kind: str) -> Callable[[dict[str, Tensor]], None]:

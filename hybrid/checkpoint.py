@@ -32,6 +32,7 @@ from hybrid.errors import UserError
 log = logging.getLogger(__name__)
 
 STATE = "state.json"
+TRAINED_ON = "trained_on.json"
 FORMAT = 1
 Fingerprint = list[Any]
 
@@ -47,6 +48,17 @@ class Checkpoint:
     def digest(self) -> str:
         """Identifies the content: SHA-256 of state.json, which holds those of all other files."""
         return hashlib.sha256((self.folder / STATE).read_bytes()).hexdigest()
+
+    @property
+    def trained_on(self) -> list[str]:
+        """Content hashes `input|output` of all pairs that its weights were ever trained on."""
+        hashes: list[str] = json.loads((self.folder / TRAINED_ON).read_text())
+        return hashes
+
+    @property
+    def name(self) -> str:
+        """Of its folder: `step_00000100`."""
+        return storage.place(self.folder).partition("?")[0].rpartition("/")[2]
 
     def files(self, prefix: str) -> list[Path]:
         """The tensor files whose name starts with `prefix`, in order."""

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -59,12 +60,15 @@ def main(usage: str | None, run: Callable[[Config], Any], trains: str = "trm") -
 
 def _refuse_what_would_be_lost(config: Config) -> None:
     """UserError if a submitted job would write into the folder that Ray has unpacked it in."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+        return
     here = f"{os.getcwd()}/"
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and config.paths.root.startswith(here):
-        raise UserError(
-            f"paths.root={config.paths.root.removeprefix(here)}: in a submitted job this is a"
-            " folder of Ray's that goes with the job; give an absolute path or a URI"
-        )
+    for key, place in asdict(config.paths).items():
+        if f"{place}/".startswith(here):
+            raise UserError(
+                f"paths.{key}={place.removeprefix(here)}: in a submitted job this is a folder of"
+                " Ray's that goes with the job; give an absolute path or a URI"
+            )
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:

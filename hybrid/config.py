@@ -310,19 +310,22 @@ DERIVED = {
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The config in a YAML file with `section.key=value` overrides on top.
+    """The config in a YAML file, or a URI of one, with `section.key=value` overrides on top.
 
     Raises UserError with every problem found, each with its dotted path, the value and, for an
     unknown key, the nearest known one.
     """
-    path = Path(path)
-    raw = _read_yaml(path)
+    where = str(path)
+    file = storage.folder(where)
+    storage.obtain(file)
+    raw = _read_yaml(file, where)
     problems: list[str] = []
     for text in overrides:
         _override(raw, text, problems)
-    config = from_dict(raw, where=str(path), problems=problems)
+    config = from_dict(raw, where=where, problems=problems)
     if not config.logging.run:
-        config = replace(config, logging=replace(config.logging, run=path.stem))
+        stem = Path(where.partition("?")[0]).stem
+        config = replace(config, logging=replace(config.logging, run=stem))
     return config
 
 
@@ -374,19 +377,19 @@ def differences(
     ]
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path, where: str) -> dict[str, Any]:
     try:
         raw = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such config file") from None
+        raise UserError(f"{where}: no such config file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
+        raise UserError(f"{where}: cannot be read ({error})") from error
     except ValueError as error:
-        raise UserError(f"{path}: not YAML: {error}") from error
+        raise UserError(f"{where}: not YAML: {error}") from error
     if raw is None:
         return {}
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: a config is sections of keys, not a {type(raw).__name__}")
+        raise UserError(f"{where}: a config is sections of keys, not a {type(raw).__name__}")
     return raw
 
 

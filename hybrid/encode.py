@@ -49,6 +49,7 @@ def plan(config: Config) -> list[tuple[int, int]]:
     if not config.llama.encodings:
         raise UserError("llama.encodings is false: nothing would read what is encoded")
     dataset = Dataset.open(config.data_folder)
+    dataset.refuse_another_recipe(config.data)
 
     @cache
     def cells(task: int, number: int) -> int:

@@ -17,6 +17,10 @@ class UserError(Exception):
         super().__init__(" ".join(message.splitlines()))
 
 
+class AgreedError(UserError):
+    """One that all training workers raise together: none is left waiting for another."""
+
+
 class Stopped(BaseException):
     """A job was asked to end and has: nothing is lost, the same command goes on. Exit code 1.
 

@@ -31,8 +31,10 @@ def is_uri(place: str) -> bool:
 
 def join(place: str, *names: str) -> str:
     """A place inside another; what follows `?` in a URI stays behind."""
-    path, mark, options = place.partition("?") if is_uri(place) else (place, "", "")
-    return "/".join((path.rstrip("/") or path, *names)) + mark + options
+    if not is_uri(place):
+        return "/".join((place.rstrip("/") or place, *names))
+    path, mark, options = place.partition("?")
+    return "/".join((path.rstrip("/"), *map(quote, names))) + mark + options
 
 
 def folder(place: str) -> Path:
@@ -106,6 +108,16 @@ def exists(path: Path) -> bool:
         return bool(store.get_file_info(name).type != fs.FileType.NotFound)
 
 
+def modified(path: Path) -> float:
+    """When a file that is there was last written, in seconds; of a copy, when the original was."""
+    found = _home(path)
+    if not found:
+        return path.stat().st_mtime
+    store, name = found
+    with _told(path):
+        return float(store.get_file_info(name).mtime_ns) / 1e9
+
+
 def remove(path: Path) -> None:
     """Take away a file or a folder, copy and original; it need not be there."""
     found = _home(path)
@@ -139,7 +151,8 @@ def filesystem(path: Path) -> tuple[fs.FileSystem | None, str]:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("ARC_HYBRID_CACHE") or "~/.cache/arc-hybrid").expanduser()
+    place = os.environ.get("ARC_HYBRID_CACHE") or "~/.cache/arc-hybrid"
+    return Path(place).expanduser().absolute()
 
 
 def _inside(path: Path) -> tuple[str, ...] | None:

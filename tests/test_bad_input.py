@@ -354,11 +354,14 @@ TRAINING = {
     ),
     "another model in an old run": override("trm.L_cycles=2", RUN, "trm.L_cycles: 1 -> 2"),
     "another rate in an old run": override("training.lr=0.5", RUN, "training.lr: 0.0001 -> 0.5"),
+    "another recipe than the dataset's": override(
+        "data.variants=9", DATA, "data.variants is", "9 here", "prepare it again", job="pretrain"
+    ),
     "other data in an old run": Case(
         job="pretrain",
         says=(RUN, "another dataset", "other"),
         spoil=prepared("data.seed=1", "paths.data=other"),
-        arguments=("paths.data=other",),
+        arguments=("paths.data=other", "data.seed=1"),
     ),
     "no whole checkpoint left": Case(
         job="pretrain",
@@ -406,13 +409,16 @@ EVALUATION = {
         job="evaluate",
         says=(STEP, "25 cells", "data.max_side=6"),
         spoil=prepared("data.max_side=6", "paths.data=six"),
-        arguments=("paths.data=six",),
+        arguments=("paths.data=six", "data.max_side=6"),
     ),
     "nobody to ask": Case(
         job="evaluate",
         says=("none", "no evaluation tasks"),
         spoil=prepared("data.evaluation=[]", "paths.data=none"),
-        arguments=("paths.data=none",),
+        arguments=("paths.data=none", "data.evaluation=[]"),
+    ),
+    "another recipe than the dataset's": override(
+        "data.variants=9", DATA, "data.variants is", "9 here", "prepare it again", job="evaluate"
     ),
     "more ACT steps than there are": Case(
         job="evaluate",

@@ -34,7 +34,7 @@ from hybrid import storage
 from hybrid.arc import Task
 from hybrid.checkpoint import newest, read
 from hybrid.cluster import pretrain as watched
-from hybrid.config import Config, dump
+from hybrid.config import Config, dump, load
 from hybrid.context import LocalContext
 from hybrid.dataset import Dataset, prepare
 from hybrid.encode import Encoder, plan
@@ -135,6 +135,40 @@ def test_what_was_published_is_obtained_elsewhere(root: str, elsewhere: Callable
     assert storage.exists(storage.folder(root) / "a")
     assert not storage.exists(storage.folder(root) / "nothing")
     assert storage.names(storage.folder(root) / "nothing") == []
+
+
+def test_names_that_a_uri_cannot_hold_are_quoted_in_it(
+    root: str, elsewhere: Callable[[], None]
+) -> None:
+    """The place of a run called `my run?` is handed to other nodes as a URI."""
+    sent = storage.folder(root) / "my run? #1" / "50%41 é.yaml"
+    sent.parent.mkdir(parents=True)
+    sent.write_text("logging: {run: x}")
+    storage.publish(sent)
+    elsewhere()
+    assert storage.read(storage.folder(storage.place(sent))) == b"logging: {run: x}"
+    assert storage.names(storage.folder(storage.place(sent.parent))) == ["50%41 é.yaml"]
+    assert load(storage.place(sent)).logging.run == "x"
+
+
+def test_a_copy_is_as_old_as_its_original(root: str, elsewhere: Callable[[], None]) -> None:
+    """The newest of several evaluations is not the one that was fetched last."""
+    for name in ("b", "a"):
+        path = storage.folder(root) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+        storage.publish(path)
+        time.sleep(1.1)  # the store knows seconds
+    elsewhere()
+    paths = [storage.folder(root) / name for name in ("a", "b")]
+    for path in paths:
+        storage.obtain(path)
+    assert max(paths, key=storage.modified).name == "a"
+
+
+def test_a_config_that_is_not_in_the_store_is_named(root: str) -> None:
+    with pytest.raises(UserError, match=r"^s3://.*/none\.yaml\?.*: no such config file$"):
+        load(storage.join(root, "none.yaml"))
 
 
 def test_an_obtained_file_is_the_store_s_not_the_copy_s(root: str) -> None:
@@ -243,8 +277,15 @@ def test_a_run_moves_from_machine_to_machine_and_is_the_run_that_stayed(
     assert json.loads((stored / "results.json").read_text())["scores"] == local["scores"]
     assert (stored / "submission.json").read_text() == (beside / "submission.json").read_text()
 
-    storage.remove(stored / "predictions" / f"{ASKED[0]}.json")
+    first = stored / "predictions" / f"{ASKED[0]}.json"
+    storage.remove(first)
     assert "3 tasks, 2 already answered" in ok(run("evaluate", there, tmp_path / "six"))
+    # Written and not sent, when a process was killed: it is asked again, and sent.
+    store, name = storage.filesystem(first)
+    assert store is not None
+    store.delete_file(name)
+    assert "3 tasks, 2 already answered" in ok(run("evaluate", there, tmp_path / "six"))
+    assert storage.exists(first)
 
 
 @pytest.fixture

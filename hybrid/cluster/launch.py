@@ -31,7 +31,7 @@ def joint(config: Config) -> Result:
 
 
 def _train(config: Config, kind: str, sections: tuple[str, ...]) -> Result:
-    check(config, kind, sections)
+    config = check(config, kind, sections)
     with watch(config), stoppable(config.run_folder):
         result = _run(config, kind)
     if result.stopped:

@@ -27,7 +27,7 @@ from hybrid.cluster.trainer import run, trainer
 from hybrid.config import Config, differences, from_dict, to_dict
 from hybrid.context import LocalContext, compute_device, share_cores
 from hybrid.dataset import Dataset, prepare
-from hybrid.errors import UserError, make_folder
+from hybrid.errors import Stopped, UserError, make_folder
 from hybrid.evaluate import Validation
 from hybrid.sweep import (
     Axis,
@@ -63,29 +63,35 @@ def sweep(config: Config, say: Say = print) -> tuple[list[Trial], tuple[Axis, ..
     sweep.parquet, report.html and best.yaml into the run folder; a trial that fails is listed.
     """
     axes = parse_space(config)
-    _refuse_changes(config)
-    base = _prepared(config, say)
+    start = _refuse_changes(config)
+    base = _prepared(config, start, say)
     check(base, Joint.kind, Joint.sections)
-    _note(config)
+    _note(config, base.trm.init_from)
     search = RandomSearch(base, axes) if base.sweep.search == "random" else OptunaSearch(base, axes)
     with cluster(base, workers=_workers(base), spare_cpus=_spare(base)):
         at_once = _at_once(base)
         say(f"{storage.place(config.run_folder)}: {search.said}, {at_once} at a time")
+        cut_off: set[str] = set()
         if search.open:
             if base.llama.encodings:
                 say(encode(base))
-            _run(base, search, at_once, say)
+            cut_off = _run(base, search, at_once, config.run_folder / TUNE_FOLDER, say)
     trials = known_trials(base)
     write_results(config.run_folder / "sweep.parquet", trials, axes)
     write_report(config.run_folder / "report.html", config.logging.run, trials, axes)
     best = config.run_folder / "best.yaml"
     best.write_text(best_yaml(config, trials))
     storage.publish(best)
+    if cut_off:
+        raise Stopped(f"{len(cut_off)} trials have not ended; the same command goes on with them")
     return trials, axes
 
 
-def _prepared(config: Config, say: Say) -> Config:
-    """The experiment that trials vary: on data of its own, with a start that stays where it is."""
+def _prepared(config: Config, start: str | None, say: Say) -> Config:
+    """The experiment that trials vary: on data of its own, with a start that stays where it is.
+
+    `start`: the checkpoint that trials of this sweep have begun from, where there are some.
+    """
     run_folder = storage.place(config.run_folder)
     data = replace(config.data, evaluation=(), hold_out_tasks=config.sweep.hold_out_tasks)
     paths = replace(
@@ -93,19 +99,20 @@ def _prepared(config: Config, say: Say) -> Config:
         data=storage.join(run_folder, "data"),
         runs=storage.join(run_folder, "trials"),
     )
-    initial = initial_checkpoint(config)
-    start = storage.place(initial.folder) if initial else None
+    if start is None:
+        initial = initial_checkpoint(config)
+        start = storage.place(initial.folder) if initial else None
     base = replace(config, data=data, paths=paths, trm=replace(config.trm, init_from=start))
     prepare(data, base.data_folder, say)
     return base
 
 
-def _refuse_changes(config: Config) -> None:
-    """UserError if the run folder holds another sweep."""
+def _refuse_changes(config: Config) -> str | None:
+    """UserError if the run folder holds another sweep; else what its trials begin from."""
     path = config.run_folder / SWEEP
     storage.obtain(path)
     if not path.exists():
-        return
+        return None
     try:
         before = json.loads(path.read_text())
     except ValueError as error:
@@ -119,14 +126,16 @@ def _refuse_changes(config: Config) -> None:
             f"{storage.place(path.parent)}: holds another sweep ({'; '.join(changed)}); give"
             " this one another logging.run"
         )
+    start: str | None = before.get("start")
+    return start
 
 
-def _note(config: Config) -> None:
-    """Write down which sweep the run folder holds."""
+def _note(config: Config, start: str | None) -> None:
+    """Write down which sweep the run folder holds, and which checkpoint its start is."""
     path = config.run_folder / SWEEP
     make_folder(path.parent)
     partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(json.dumps(to_dict(config)))
+    partial.write_text(json.dumps({**to_dict(config), "start": start}))
     os.replace(partial, path)
     storage.publish(path)
 
@@ -151,7 +160,10 @@ def _at_once(config: Config) -> int:
     return max(1, min(fit, config.sweep.max_concurrent or fit))
 
 
-def _run(config: Config, search: RandomSearch | OptunaSearch, at_once: int, say: Say) -> None:
+def _run(
+    config: Config, search: RandomSearch | OptunaSearch, at_once: int, folder: Path, say: Say
+) -> set[str]:
+    """Run the trials, Tune's own records in `folder`; names of those that have not ended."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its tables; ours are said here
     # A checkpoint that nobody planned comes without a score.
@@ -167,8 +179,9 @@ def _run(config: Config, search: RandomSearch | OptunaSearch, at_once: int, say:
             grace_period=config.sweep.first_rung or config.training.save_every,
             reduction_factor=config.sweep.reduction,
         )
-    storage.remove(config.runs_folder.parent / TUNE_FOLDER)
-    store, name = storage.filesystem(config.runs_folder.parent)
+    storage.remove(folder)
+    store, name = storage.filesystem(folder.parent)
+    notes = _Notes(config, rows, search.count, say)
     trainable = tune.with_parameters(_train_trial, base=to_dict(config))
     tune.Tuner(
         tune.with_resources(trainable, _resources(config)),
@@ -182,13 +195,16 @@ def _run(config: Config, search: RandomSearch | OptunaSearch, at_once: int, say:
             scheduler=scheduler,
         ),
         run_config=tune.RunConfig(
-            name=TUNE_FOLDER,
+            name=folder.name,
+            # A process that is lost is replaced, and goes on from its checkpoint.
+            failure_config=tune.FailureConfig(max_failures=config.cluster.max_failures),
             storage_path=name,
             storage_filesystem=store,
-            callbacks=[_Notes(config, rows, search.count, say)],
+            callbacks=[notes],
             verbose=0,
         ),
     ).fit()
+    return notes.open
 
 
 def _resources(config: Config) -> dict[str, float]:
@@ -253,9 +269,12 @@ class _Notes(tune.Callback):  # type: ignore[misc]
         self.said: dict[str, int] = {}
         self.before: dict[str, float] = {}
         """Seconds of trials before this sweep took them up again."""
+        self.open: set[str] = set()
+        """Trials that have begun and not ended."""
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         known = self._known(trial)
+        self.open.add(self._folder(trial).name)
         self.before[self._folder(trial).name] = known.seconds if known else 0.0
         if known is None:
             self._write(trial, "unfinished")
@@ -271,6 +290,7 @@ class _Notes(tune.Callback):  # type: ignore[misc]
                 self._write(trial, "unfinished")
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self.open.discard(self._folder(trial).name)
         known = self._known(trial)
         if known and known.status == "unfinished":
             done = known.step == total_steps(_config_of(self.config, known.values), self.rows)
@@ -287,6 +307,7 @@ class _Notes(tune.Callback):  # type: ignore[misc]
         note_trial(folder, self._values(trial), status, seconds, error)
 
     def _end(self, trial: Any, status: Any, error: str = "") -> None:
+        self.open.discard(self._folder(trial).name)
         self._write(trial, status, error)
         ended = sum(t.status != "unfinished" for t in known_trials(self.config))
         self.say(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -16,7 +17,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.execution.context import get_train_context
-from ray.train.v2.api.exceptions import ControllerError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from hybrid import storage
 from hybrid.cluster.gauges import Gauges
@@ -26,12 +27,14 @@ from hybrid.config import Config, from_dict, to_dict
 from hybrid.context import ProcessGroupContext, Signal, share_cores
 from hybrid.dataset import Stream
 from hybrid.dataset.stream import Rows
-from hybrid.errors import UserError
+from hybrid.errors import AgreedError, UserError
 from hybrid.evaluate import Validation
 from hybrid.train import Diverged, Result, joint, pretrain
 
 RAY_FOLDER = "ray"
 """Ray Train's own bookkeeping, inside the run folder."""
+REFUSAL = "refusal.txt"
+"""In it: what one worker found wrong with the input."""
 
 WAIT_FOR_NODES_MIN = 30
 """A lost node may come back; Ray Train tries once a minute."""
@@ -108,12 +111,20 @@ def _hear_sigterm() -> None:
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """What every worker runs. Takes and returns plain values: they are pickled."""
     config = from_dict(settings["config"])
+    refusal = _refusal(config)
+    if refusal:
+        return {"user_error": refusal}
     share_cores(ray.train.get_context().get_local_world_size())
     try:
         loop = joint if settings["kind"] == "hybrid" else pretrain
         result = loop(config, RayContext(config.logging.run))
     except UserError as error:
-        return {"user_error": str(error)}
+        if isinstance(error, AgreedError) or ray.train.get_context().get_world_size() == 1:
+            return {"user_error": str(error)}
+        # The others are waiting for this one, and Ray looks at what rank 0 returns: it ends them,
+        # and `_refusal` the next try.
+        _refuse(config, str(error))
+        raise
     except Diverged as error:
         # Not a fault to recover from: the same steps again would end in the same place.
         return {"diverged": str(error)}
@@ -125,6 +136,20 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         "validation": asdict(result.validation) if result.validation else None,
         "stopped": result.stopped,
     }
+
+
+def _refuse(config: Config, reason: str) -> None:
+    path = config.run_folder / RAY_FOLDER / REFUSAL
+    with suppress(OSError, UserError):  # it was perhaps the disk that was full
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(reason)
+        storage.publish(path)
+
+
+def _refusal(config: Config) -> str | None:
+    """What a worker of an earlier try found wrong with the input: it still would."""
+    found = storage.read(config.run_folder / RAY_FOLDER / REFUSAL)
+    return found.decode() if found else None
 
 
 def trainer(config: Config, kind: str, callbacks: list[Any] | None = None) -> TorchTrainer:
@@ -163,6 +188,11 @@ def run(trainer: TorchTrainer, config: Config) -> Result:
     storage.remove(config.run_folder / RAY_FOLDER)
     try:
         found = trainer.fit().return_value
+    except WorkerGroupError as error:
+        refusal = next(filter(None, map(_user_error, error.worker_failures.values())), None)
+        if refusal:
+            raise refusal from error
+        raise
     except ControllerError as error:
         raise UserError(
             f"cluster.num_workers={config.cluster.num_workers}: the workers could not be placed for"
@@ -175,6 +205,13 @@ def run(trainer: TorchTrainer, config: Config) -> Result:
     validation = Validation(**found["validation"]) if found["validation"] else None
     checkpoint = storage.folder(found["checkpoint"])
     return Result(**{**found, "checkpoint": checkpoint, "validation": validation})
+
+
+def _user_error(error: BaseException | None) -> UserError | None:
+    """The UserError behind what Ray raises."""
+    while error and not isinstance(error, UserError):
+        error = error.__cause__
+    return error if isinstance(error, UserError) else None
 
 
 def fit(config: Config, kind: str) -> Result:

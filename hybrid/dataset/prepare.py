@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from hybrid.dataset.store import (
     digest,
     fetch,
     grids_to_arrow,
+    plain,
     read_meta,
     write_meta,
 )
@@ -57,7 +58,7 @@ def prepare(config: DataConfig, folder: str | Path, say: Say = print) -> dict[st
     folder = Path(folder)
     where = storage.place(folder)
     versions = {source: source_version(source) for source in _sources(config)}
-    recipe = {"config": _plain(config), "sources": versions}
+    recipe = {"config": plain(config), "sources": versions}
     fetch(folder)
     existing = _existing(folder, recipe)
     if existing:
@@ -195,7 +196,7 @@ def _refuse_too_few(evaluation: list[Selected], held_out: int) -> None:
 def _write(folder: Path, config: DataConfig, selected: list[Selected], say: Say) -> dict[str, Any]:
     rows = [grids_to_arrow(s.task, s.purpose, s.source) for s in selected]
     pq.write_table(pa.Table.from_pylist(rows, TASKS), folder / TASKS_FILE, compression="zstd")
-    identity = {name: value for name, value in _plain(config).items() if name != "canvas"}
+    identity = {name: value for name, value in plain(config).items() if name != "canvas"}
     fingerprint = hashlib.sha256(json.dumps(identity).encode())
     for s in selected:
         seen = s.task.without_answers() if s.purpose == "evaluation" else s.task
@@ -293,7 +294,3 @@ def _existing(folder: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
 
 def _sources(config: DataConfig) -> list[str]:
     return sorted({*config.training, *config.evaluation})
-
-
-def _plain(config: DataConfig) -> dict[str, Any]:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}

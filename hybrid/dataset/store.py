@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from hybrid import storage
 from hybrid.arc import Augmentation, Grid, Pair, Task
+from hybrid.dataset.config import DataConfig
 from hybrid.errors import UserError
 
 FORMAT = 1
@@ -105,6 +106,20 @@ class Dataset:
     def placing(self) -> str:
         """`data.canvas` of when it was prepared."""
         return str(self.meta["config"].get("canvas", "full"))
+
+    def refuse_another_recipe(self, config: DataConfig) -> None:
+        """UserError if `config` describes another dataset: only preparing listens to it."""
+        made = self.meta["config"]
+        differs = [
+            f"data.{key} is {made[key]!r} there, {value!r} here"
+            for key, value in plain(config).items()
+            if key in made and made[key] != value
+        ]
+        if differs:
+            raise UserError(
+                f"{storage.place(self.folder)}: {'; '.join(differs)}; prepare it again, or name"
+                " another paths.data"
+            )
 
     @property
     def bucketed(self) -> bool:
@@ -227,6 +242,11 @@ def grids_to_arrow(task: Task, purpose: Purpose, source: str) -> dict[str, Any]:
         "train": pairs(task.train),
         "test": pairs(task.test),
     }
+
+
+def plain(config: DataConfig) -> dict[str, Any]:
+    """As it stands in dataset.json."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
 
 
 def fetch(folder: Path) -> None:

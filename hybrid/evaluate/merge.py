@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from hybrid import storage
 from hybrid.arc import Grid, Rate, Scores, Task, grid_hash, pair_hash, score, string_to_grid
 from hybrid.checkpoint import Checkpoint
 from hybrid.config import Config
@@ -23,7 +24,6 @@ def merge(
     checkpoint: Checkpoint,
     tasks: Sequence[Task],
     answered: Mapping[str, Prediction],
-    trained_on: Sequence[str],
 ) -> dict[str, Any]:
     """results.json. It depends on what was asked and answered, not on the order answers came in."""
     ranked = {
@@ -36,10 +36,10 @@ def merge(
     missing = [task.id for task in tasks if task.id not in answered]
     notes = [f"no answer came back for {', '.join(missing)}: counted as wrong"] if missing else []
     results: dict[str, Any] = {
-        "title": f"{config.logging.run}, {checkpoint.folder.name}",
+        "title": f"{config.logging.run}, {checkpoint.name}",
         "oracle": hybrid and config.feedback.source == "oracle",
         "feedback": config.feedback.source if hybrid else None,
-        "protocol": protocol(config, dataset, checkpoint, tasks, answered, trained_on),
+        "protocol": protocol(config, dataset, checkpoint, tasks, answered),
         "spent": _spent(answered, "spent"),
         "notes": notes if known else [*notes, "the answers are not known: nothing is scored"],
         "tasks": [_task_result(task, ranked.get(task.id, [])) for task in tasks],
@@ -123,7 +123,6 @@ def protocol(
     checkpoint: Checkpoint,
     tasks: Sequence[Task],
     answered: Mapping[str, Prediction],
-    trained_on: Sequence[str],
 ) -> dict[str, Any]:
     """What a reader must know to compare the number with another one."""
     key = questions_key(dataset, tasks)
@@ -143,7 +142,7 @@ def protocol(
         ),
         "asked": key["asked"],
         "test outputs asked": key["test outputs asked"],
-        "training data": verdict(tasks, trained_on),
+        "training data": verdict(tasks, checkpoint.trained_on),
         "puzzle ids": _puzzle_ids(config, same),
         "attempts scored": "2 a test output",
         "views voting": views if fewest == views else f"{fewest} to {views}",
@@ -153,7 +152,7 @@ def protocol(
         **(_hybrid_protocol(config, checkpoint, answered) if hybrid else {}),
         "weights": "moving average",
         "computed on": "a GPU" if config.cluster.use_gpu else "CPUs",
-        "checkpoint": str(checkpoint.folder),
+        "checkpoint": storage.place(checkpoint.folder),
         "checkpoint digest": checkpoint.digest[:16],
         "dataset fingerprint": key["dataset fingerprint"],
     }

@@ -78,20 +78,23 @@ def evaluate(config: Config, solve_all: SolveAll, say: Callable[[str], None] = p
     A rerun with the same checkpoint, dataset and settings finds answers on disk, asks the rest.
     """
     dataset = Dataset.open(config.data_folder)
+    dataset.refuse_another_recipe(config.data)
     checkpoint = _checkpoint(config)
     _check(config, checkpoint, dataset)
     asked = dataset.asked[: config.evaluation.limit]
     if not asked:
         raise UserError(f"{dataset.folder}: holds no evaluation tasks (data.evaluation is empty)")
-    trained_on = json.loads((checkpoint.folder / "trained_on.json").read_text())
-    questions = ask(config, checkpoint, dataset, trained_on)
+    questions = ask(config, checkpoint, dataset)
     key = questions_key(dataset, [question.task for question in questions])
     beside = [_beside(config, name, key) for name in config.evaluation.beside]
     folder = config.run_folder / "evaluation" / _name(config, checkpoint, dataset)
     make_folder(folder / "predictions")
-    for name in storage.names(folder / "predictions"):
-        storage.obtain(folder / "predictions" / name)
-    answered = {q.task.id: p for q in questions if (p := _on_disk(folder, q.task))}
+    # What the store does not list was never sent, or was taken away: a copy of it is nothing.
+    there = set(storage.names(folder / "predictions"))
+    known = [question.task for question in questions if f"{question.task.id}.json" in there]
+    for task in known:
+        storage.obtain(folder / "predictions" / f"{task.id}.json")
+    answered = {task.id: found for task in known if (found := _on_disk(folder, task))}
     resumed = len(answered)
     open_questions = [q for q in questions if q.task.id not in answered]
     say(f"{storage.place(folder)}: {len(asked)} tasks, {resumed} already answered")
@@ -106,7 +109,7 @@ def evaluate(config: Config, solve_all: SolveAll, say: Callable[[str], None] = p
     # Answers are read here and nowhere above, unless an oracle was asked for.
     answers = Dataset.open(config.data_folder, answers=True)
     tasks = [answers.tasks[task] for task in asked]
-    results = merge(config, dataset, checkpoint, tasks, answered, trained_on)
+    results = merge(config, dataset, checkpoint, tasks, answered)
     results["beside"] = beside
     _write_results(folder, tasks, answered, results)
     return Outcome(folder=folder, results=results, resumed=resumed)
@@ -150,9 +153,7 @@ def _check(config: Config, checkpoint: Checkpoint, dataset: Dataset) -> None:
         check_model(config.llama, config.models_folder)
 
 
-def ask(
-    config: Config, checkpoint: Checkpoint, dataset: Dataset, trained_on: Sequence[str]
-) -> list[Question]:
+def ask(config: Config, checkpoint: Checkpoint, dataset: Dataset) -> list[Question]:
     """The questions of an evaluation; UserError if the feedback it wants is not to be had."""
     hybrid = checkpoint.state["kind"] == "hybrid"
     asked = dataset.asked[: config.evaluation.limit]
@@ -160,7 +161,7 @@ def ask(
     known = same and config.evaluation.puzzle_ids == "trained"
     source = config.feedback.source if hybrid else "none"
     if source == "demos":
-        _check_held_out(dataset, asked, trained_on)
+        _check_held_out(dataset, asked, checkpoint.trained_on)
     # All that could be asked: what is read instead must not depend on evaluation.limit.
     shown = [replace(dataset.tasks[t], train=dataset.demonstrations(t)) for t in dataset.asked]
     shuffled = hybrid and config.evaluation.text == "shuffled"
@@ -234,7 +235,7 @@ def _name(config: Config, checkpoint: Checkpoint, dataset: Dataset) -> str:
         settings["compiled"] = True
     key = json.dumps([settings, config.cluster.use_gpu, checkpoint.digest, dataset.fingerprint])
     digest = hashlib.sha256(key.encode()).hexdigest()[:8]
-    return f"{checkpoint.folder.name}-{digest}{oracle}"
+    return f"{checkpoint.name}-{digest}{oracle}"
 
 
 def _beside(config: Config, name: str, questions: dict[str, Any]) -> dict[str, Any]:
@@ -244,7 +245,7 @@ def _beside(config: Config, name: str, questions: dict[str, Any]) -> dict[str, A
     for path in results:
         storage.obtain(path)
     there = [path for path in results if path.exists()]
-    for path in sorted(there, key=os.path.getmtime, reverse=True):
+    for path in sorted(there, key=storage.modified, reverse=True):
         other = json.loads(path.read_text())
         if questions.items() <= other["protocol"].items():
             kept = ("title", "oracle", "scores", "spent")

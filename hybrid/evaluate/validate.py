@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,11 +65,8 @@ def validate(
     else:
         compiled = config.cluster.compiles
         solver = Solver(whole, config.evaluation, device, compiled=compiled)
-    trained_on = json.loads((checkpoint / "trained_on.json").read_text())
-    answered = {
-        question.task.id: solver.solve(question)
-        for question in ask(config, whole, dataset, trained_on)
-    }
+    questions = ask(config, whole, dataset)
+    answered = {question.task.id: solver.solve(question) for question in questions}
     # Here predictions meet answers, and nowhere above.
     answers = Dataset.open(config.data_folder, answers=True)
     tasks = [answers.tasks[task] for task in dataset.asked]

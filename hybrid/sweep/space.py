@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -61,22 +61,20 @@ def parse_space(config: Config) -> tuple[Axis, ...]:
     for axis in axes:
         for value in _samples(axis):
             try:
-                check_feedback(trial_config(config, {axis.key: value}))
+                tried = trial_config(config, {axis.key: value})
+                check_feedback(tried)
+                if axis.key == "llama.model" and tried.llama.model != value:
+                    problems.append(
+                        f"sweep.space.{axis.key}: {value} is another folder to each trial: write"
+                        f" {tried.llama.model}"
+                    )
             except UserError as error:
                 problems.append(f"sweep.space.{axis.key}: {error}")
                 if "unknown" in str(error):
                     break  # whatever its value
     if problems:
         raise UserError("; ".join(dict.fromkeys(problems)))
-    return tuple(_resolved(config, axis) for axis in axes)
-
-
-def _resolved(config: Config, axis: Axis) -> Axis:
-    """A model's folder is the same for all trials, whatever working directory each has."""
-    if axis.key != "llama.model":
-        return axis
-    places = [trial_config(config, {axis.key: value}).llama.model for value in axis.values]
-    return replace(axis, values=tuple(places))
+    return tuple(axes)
 
 
 def _samples(axis: Axis) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ from hybrid.checkpoint import Checkpoint, newest, read
 from hybrid.config import Config
 from hybrid.context import RunContext, Signal, worker_slots
 from hybrid.dataset import Dataset
-from hybrid.errors import UserError
+from hybrid.errors import AgreedError, UserError
 from hybrid.evaluate import Validation
 from hybrid.train.feed import Feed
 from hybrid.train.learner import Learner, MakeLearner
@@ -98,6 +98,7 @@ def train(config: Config, context: RunContext, make: MakeLearner) -> Result:
             if state.step == total:
                 meter.probe()
             if saving:
+                run.publish()  # or what was measured since the last time might be lost
                 described = {"kind": learner.kind, **learner.describe()}
                 save_checkpoint(state, described, dataset, config, context, folder)
                 if regular(state.step) and validating:
@@ -132,7 +133,7 @@ def _newest_for_all(folder: Path, context: RunContext) -> Checkpoint | None:
     chosen = torch.tensor([step], dtype=torch.int64, device=context.device)
     step = int(context.gather(chosen, context.world_size)[0])
     if step == -2:
-        raise problem or UserError(f"{storage.place(folder)}: no whole checkpoint, see rank 0")
+        raise AgreedError(str(problem or f"{storage.place(folder)}: no whole checkpoint"))
     if context.rank and step >= 0:
         return read(step_folder(folder, step), verified=True)
     return found

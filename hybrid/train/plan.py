@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+from dataclasses import replace
 from typing import Any
 
 from hybrid import storage
@@ -39,9 +39,14 @@ def training_stream(config: Config, dataset: Dataset) -> Stream:
     return Stream(dataset, config.training.seed, config.training.variants)
 
 
-def check(config: Config, kind: str, sections: tuple[str, ...]) -> None:
-    """UserError for whatever a worker would refuse, before anything is started or written."""
+def check(config: Config, kind: str, sections: tuple[str, ...]) -> Config:
+    """UserError for whatever a worker would refuse, before anything is started or written.
+
+    Returns the config with `trm.init_from` as the checkpoint that it means now: a run that is still
+    training would mean another one to each worker.
+    """
     dataset = Dataset.open(config.data_folder)
+    dataset.refuse_another_recipe(config.data)
     total_steps(config, len(training_stream(config, dataset)))
     if kind == "hybrid":
         check_feedback(config)
@@ -58,8 +63,11 @@ def check(config: Config, kind: str, sections: tuple[str, ...]) -> None:
         if initial:
             refuse_other_sizes(model_config(config, dataset), initial)
             _refuse_to_know(initial, dataset)
+            start = storage.place(initial.folder)
+            config = replace(config, trm=replace(config.trm, init_from=start))
     if kind == "hybrid" and config.adapter.inject != "none":
         check_model(config.llama, config.models_folder)
+    return config
 
 
 def check_feedback(config: Config) -> None:
@@ -82,10 +90,13 @@ def refuse_changes(
             " give this one another logging.run"
         )
     changed = differences(checkpoint.state["config"], to_dict(config), sections)
+    # Where a frozen model lies may change: `refuse_another_reader` sees whether it is the same.
+    moved = ("model", "revision") if config.llama.frozen else ()
+    may = {**MAY_CHANGE, "llama": MAY_CHANGE["llama"] + moved}
     changed = [
         line
         for line in changed
-        if line.split(":")[0].split(".")[1] not in MAY_CHANGE.get(line.split(".")[0], ())
+        if line.split(":")[0].split(".")[1] not in may.get(line.split(".")[0], ())
     ]
     if changed:
         raise UserError(f"{where}: holds a run of another config ({'; '.join(changed)})")
@@ -109,7 +120,7 @@ def _refuse_to_know(initial: Checkpoint, dataset: Dataset) -> None:
     if not dataset.meta["config"]["hold_out_tasks"]:
         return
     answers = Dataset.open(dataset.folder, answers=True)
-    seen = set(json.loads((initial.folder / "trained_on.json").read_text()))
+    seen = set(initial.trained_on)
     known = [
         answers.tasks[task].id
         for task in dataset.asked

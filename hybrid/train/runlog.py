@@ -87,8 +87,11 @@ class RunLog:
 
     def publish(self) -> None:
         """Send the files to where the run folder is, if that is a store."""
-        for path in self._files:
-            storage.publish(path)
+        try:
+            for path in self._files:
+                storage.publish(path)
+        except UserError as error:  # a checkpoint that cannot be sent ends a run, not this
+            log.warning("%s", error)
 
     def show(self, step: int, rows: Rows, right: npt.NDArray[np.bool_]) -> None:
         """The first few of some training pairs and of what was said to them, as pictures in W&B."""

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 
 from hybrid import __version__, storage
-from hybrid.arc import pair_hash
-from hybrid.checkpoint import Fingerprint, fingerprint, newest, prune, seal
+from hybrid.checkpoint import TRAINED_ON, Fingerprint, fingerprint, newest, prune, seal
 from hybrid.config import Config, dump, to_dict
 from hybrid.context import RunContext, worker_slots
 from hybrid.dataset import Dataset
-from hybrid.errors import UserError
+from hybrid.errors import AgreedError, UserError
 from hybrid.train.state import TrainState, save, slots_name
 
 log = logging.getLogger(__name__)
@@ -58,7 +57,7 @@ def save_checkpoint(
             storage.publish(final / name, partial / name)
 
     def end() -> None:
-        texts = {"config.yaml": dump(config), "trained_on.json": json.dumps(trained_on(dataset))}
+        texts = {"config.yaml": dump(config), TRAINED_ON: json.dumps(state.trained_on)}
         whole = {**_describe(state, dataset, config, context), **described}
         seal(partial, final, whole, texts, parts)
         prune(final, config.training.keep_checkpoints)
@@ -71,7 +70,7 @@ def save_checkpoint(
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         good = newest(folder)
-        raise UserError(
+        raise AgreedError(
             f"{storage.place(final)}: the checkpoint cannot be written ({error}); the newest whole"
             f" one is {good.folder.name if good else 'none'}; run the same command again to resume"
         ) from error
@@ -108,14 +107,6 @@ def _other_parts(
         size, digest = int.from_bytes(every[rank][:8]), bytes(every[rank][8:]).hex()
         parts[f"{name}.safetensors"] = [size, digest]
     return parts
-
-
-def trained_on(dataset: Dataset) -> list[str]:
-    """Content hashes of all training pairs, `input|output`, sorted."""
-    pairs = {
-        pair_hash(p) for task in range(len(dataset.tasks)) for p in dataset.training_pairs(task)
-    }
-    return sorted(pairs)
 
 
 def _describe(

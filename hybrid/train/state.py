@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from hybrid import storage
+from hybrid.arc import pair_hash
 from hybrid.checkpoint import Checkpoint, newest, read, write_tensors
 from hybrid.config import Config
 from hybrid.context import fuse
@@ -48,6 +49,8 @@ class TrainState:
     carry only `current` counts."""
     taken: Tensor
     """[slots] int64: rows each slot has taken, its place in the stream."""
+    trained_on: list[str]
+    """Content hashes of all pairs that the weights have seen, here or before they came here."""
 
     @property
     def trm(self) -> TRM:
@@ -97,7 +100,16 @@ def fresh(
         slots=slots,
         carry=trm.initial_carry(_no_rows(len(slots), dataset.canvas**2, device)),
         taken=torch.zeros(len(slots), dtype=torch.int64),
+        trained_on=sorted({*trained_on(dataset), *(initial.trained_on if initial else ())}),
     )
+
+
+def trained_on(dataset: Dataset) -> list[str]:
+    """Content hashes of all training pairs, `input|output`, sorted."""
+    pairs = {
+        pair_hash(p) for task in range(len(dataset.tasks)) for p in dataset.training_pairs(task)
+    }
+    return sorted(pairs)
 
 
 def initial_checkpoint(config: Config) -> Checkpoint | None:
@@ -181,6 +193,8 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
         state.optimizer.v[name].copy_(moments[f"v.{name}"])
         state.average.shadow[name].copy_(shadow[name])
     _restore_slots(state, checkpoint)
+    # With what the run began from, which may be gone.
+    state.trained_on = sorted({*state.trained_on, *checkpoint.trained_on})
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

@@ -97,6 +97,19 @@ def test_one_ray_worker_trains_the_same_weights_as_no_cluster(
     assert_same(local_run, pretrain(config).checkpoint)
 
 
+@pytest.mark.slow
+def test_what_only_one_worker_refuses_ends_the_run_and_is_said(
+    ray_cluster: None, experiment: Experiment
+) -> None:
+    """The others wait for it: once they did so for half an hour, or for ever."""
+    config = experiment("odd", cluster={"num_workers": 2})
+    (config.run_folder / "train_1.log").mkdir(parents=True)
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"odd: cannot be written to \(.*train_1\.log"):
+        pretrain(config)
+    assert time.monotonic() - began < 150
+
+
 def test_two_ray_workers_train_the_same_weights_to_rounding(
     ray_cluster: None, experiment: Experiment, local_run: Path
 ) -> None:

@@ -79,7 +79,7 @@ def questions_of(root: Path, canvas: str) -> list[Question]:
     config = config_on(root, canvas)
     checkpoint = newest(config.run_folder / "checkpoints")
     assert checkpoint
-    return ask(config, checkpoint, Dataset.open(root / canvas), [])
+    return ask(config, checkpoint, Dataset.open(root / canvas))
 
 
 def test_questions_differ_in_their_canvas_alone(root: Path) -> None:
@@ -187,6 +187,7 @@ def test_answers_have_no_part_in_what_is_asked_or_said(
     prepare(theirs.data, theirs.data_folder, lambda line: None)
     theirs = replace(
         ours,
+        data=theirs.data,
         paths=replace(ours.paths, data=theirs.paths.data, runs=str(tmp_path / "other")),
     )
     told: list[list[Question]] = [[], []]

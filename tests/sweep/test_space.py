@@ -38,13 +38,16 @@ def test_a_space_of_every_kind_is_understood() -> None:
     assert {axis.key: {axis.kind: list(axis.values)} for axis in axes} == space
 
 
-def test_the_folder_of_a_model_is_found_from_the_working_directory_of_the_sweep(
+def test_a_folder_that_each_trial_would_look_for_elsewhere_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ray gives every trial another one."""
+    """Ray gives every trial another working directory."""
     monkeypatch.chdir(tmp_path)
-    [axis] = parse_space(config_of_space({"llama.model": {"choice": ["./mine", "owner/name"]}}))
-    assert axis.values == (str(tmp_path / "mine"), "owner/name")
+    said = problems({"llama.model": {"choice": ["./mine", "owner/name", "/mine"]}})
+    assert said == (
+        "sweep.space.llama.model: ./mine is another folder to each trial: write"
+        f" {tmp_path / 'mine'}"
+    )
 
 
 def test_all_problems_are_named_at_once() -> None:

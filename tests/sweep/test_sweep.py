@@ -221,6 +221,51 @@ def test_a_trial_that_fails_is_listed_and_the_others_end(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+def test_ended_by_hand_and_then_with_its_trials_killed_it_ends_as_undisturbed(
+    finished: Path, tmp_path: Path
+) -> None:
+    """Ctrl-C is no end: the ranking is half of one, and the exit code says so."""
+    trials = tmp_path / "runs" / "sweep" / "trials"
+
+    def wait_for(process: subprocess.Popen[str], step: int) -> None:
+        until = time.monotonic() + 240
+        while not any(_reached(file, step) for file in trials.glob("*/metrics.jsonl")):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < until
+            time.sleep(0.02)
+
+    with begun(tmp_path, "sweep.max_concurrent=1") as process:
+        wait_for(process, 4)
+        process.send_signal(signal.SIGINT)
+        _, complained = process.communicate(timeout=200)
+    assert process.returncode == 1 and "stopped:" in complained, complained
+    assert "same command goes on" in complained
+    killed = 0
+    with begun(tmp_path, "sweep.max_concurrent=1") as process:
+        while process.poll() is None and killed < 2:
+            for trial in _trial_processes(tmp_path):
+                time.sleep(0.5 + killed)  # in the middle of something
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    trial.kill()
+                    killed += 1
+            time.sleep(0.05)
+        said, complained = process.communicate(timeout=300)
+    assert process.returncode == 0, complained
+    assert killed == 2 and "died" not in said
+    assert ranking(tmp_path) == ranking(finished)
+
+
+def _trial_processes(root: Path) -> list[psutil.Process]:
+    """Those that Tune trains trials in."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if _is_of(process, root) and process.name().startswith("ray::ImplicitFunc"):
+                found.append(process)
+    return found
+
+
+@pytest.mark.slow
 def test_killed_in_the_middle_with_all_its_processes_it_ends_as_undisturbed(
     tmp_path: Path,
 ) -> None:

@@ -33,7 +33,7 @@ from hybrid.llm.backbone import Backbone
 from hybrid.llm.tiny import tiny_random
 from hybrid.train import Diverged, Joint, Result, joint, pretrain
 from hybrid.train.loop import train as train_loop
-from hybrid.train.state import fresh, initial_checkpoint
+from hybrid.train.state import fresh, initial_checkpoint, trained_on
 
 Jointly = Callable[..., Config]
 CPU = LocalContext(torch.device("cpu"))
@@ -159,6 +159,48 @@ def test_a_folder_of_the_name_of_a_run_is_not_taken_for_it(
     assert found is not None and found.folder.parents[1] == begun / "runs/begun"
     with pytest.raises(UserError, match=f"{begun / 'begun'}: no checkpoint here"):
         initial_checkpoint(jointly("a", trm={"init_from": "./begun"}))
+
+
+def test_what_a_start_was_trained_on_is_never_forgotten(
+    jointly: Jointly, begun: Path, other: dict[str, Any]
+) -> None:
+    """Held-out demonstrations are judged by it, and the verdict of every report."""
+    known = newest(begun / "runs/begun/checkpoints").trained_on
+    fewer = {"data": str(Path(other["data"]).parent / "fewer")}
+    data = {"evaluation": []}
+    config = jointly("fewer", paths=fewer, data=data, training={"steps": 1})
+    prepare(config.data, config.data_folder, lambda line: None)
+    assert set(trained_on(Dataset.open(config.data_folder))) < set(known)
+    assert read(joint(config, CPU).checkpoint).trained_on == known
+    longer = replace(config, training=replace(config.training, steps=2))
+    assert read(joint(longer, CPU).checkpoint).trained_on == known
+    later = jointly("later", trm={"init_from": config.logging.run}, paths=fewer, data=data)
+    assert read(joint(later, CPU).checkpoint).trained_on == known
+
+
+def test_the_start_is_one_checkpoint_for_all_workers(jointly: Jointly, begun: Path) -> None:
+    """By name, each would look for the newest of a run that perhaps goes on."""
+    config = launch.check(jointly("a"), "hybrid", launch.Joint.sections)
+    assert config.trm.init_from == str(newest(begun / "runs/begun/checkpoints").folder)
+
+
+def test_a_frozen_model_may_have_moved_when_a_run_is_resumed(
+    jointly: Jointly, tmp_path: Path
+) -> None:
+    model, tokenizer = tiny_random(torch.float32)
+    for place in ("one", "two"):
+        model.save_pretrained(tmp_path / place)
+        tokenizer.save_pretrained(tmp_path / place)
+    first = jointly("a", llama={"model": str(tmp_path / "one")}, training={"steps": 1})
+    joint(first, CPU)
+    moved = jointly("a", llama={"model": str(tmp_path / "two")}, training={"steps": 2})
+    assert joint(moved, CPU).step == 2
+    with torch.no_grad():
+        model.model.embed_tokens.weight.add_(1)
+    model.save_pretrained(tmp_path / "two")
+    longer = replace(moved, training=replace(moved.training, steps=3))
+    with pytest.raises(UserError, match=r"llama\.model: .* is not the model that"):
+        joint(longer, CPU)
 
 
 def test_a_hybrid_begins_with_the_trm_inside_another_hybrid(jointly: Jointly) -> None:

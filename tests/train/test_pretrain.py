@@ -26,7 +26,7 @@ from hybrid.errors import UserError
 from hybrid.train import Pretraining, Result, estimate, pretrain, total_steps
 from hybrid.train.progress import _last
 from hybrid.train.runlog import read_metrics
-from hybrid.train.saving import trained_on
+from hybrid.train.state import trained_on
 from hybrid.trm import TRM
 
 GoingOn = Callable[..., Config]
