@@ -58,7 +58,8 @@ class Checkpoint:
     @property
     def name(self) -> str:
         """Of its folder: `step_00000100`."""
-        return storage.place(self.folder).partition("?")[0].rpartition("/")[2]
+        place = storage.place(self.folder)
+        return (place.partition("?")[0] if storage.is_uri(place) else place).rpartition("/")[2]
 
     def files(self, prefix: str) -> list[Path]:
         """The tensor files whose name starts with `prefix`, in order."""

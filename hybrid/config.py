@@ -54,10 +54,9 @@ class TRMSection(TRMConfig):
     """The model, and what it starts from."""
 
     init_from: str | None = None
-    """The name of a run, or a checkpoint folder, which has a `/` in it."""
-    """A checkpoint folder of the same sizes, or the name of a run under paths.runs, whose newest is
-    meant: a new run starts with its averaged weights, and with its puzzle rows where the dataset is
-    the same, else with their mean."""
+    """A checkpoint folder of the same sizes, which has a `/` in it, or the name of a run under
+    paths.runs, whose newest is meant: a new run starts with its averaged weights, and with its
+    puzzle rows where the dataset is the same, else with their mean."""
 
     @property
     def model(self) -> TRMConfig:

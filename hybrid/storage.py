@@ -42,6 +42,15 @@ def folder(place: str) -> Path:
     return _cache() / quote(place, safe="") if is_uri(place) else Path(place)
 
 
+def member(place: str) -> Path:
+    """Like `folder`, as part of the copy of the place that holds it."""
+    if not is_uri(place):
+        return Path(place)
+    path, mark, options = place.partition("?")
+    holder, _, name = path.rpartition("/")
+    return folder(holder + mark + options) / unquote(name)
+
+
 def place(path: Path) -> str:
     """The reverse of `folder`, for files in it as well: what another machine can find."""
     inside = _inside(path)

@@ -355,7 +355,7 @@ TRAINING = {
     "another model in an old run": override("trm.L_cycles=2", RUN, "trm.L_cycles: 1 -> 2"),
     "another rate in an old run": override("training.lr=0.5", RUN, "training.lr: 0.0001 -> 0.5"),
     "another recipe than the dataset's": override(
-        "data.variants=9", DATA, "data.variants is", "9 here", "prepare it again", job="pretrain"
+        "data.variants=9", DATA, "data.variants is", "9 here", "prepare another", job="pretrain"
     ),
     "other data in an old run": Case(
         job="pretrain",
@@ -418,7 +418,7 @@ EVALUATION = {
         arguments=("paths.data=none", "data.evaluation=[]"),
     ),
     "another recipe than the dataset's": override(
-        "data.variants=9", DATA, "data.variants is", "9 here", "prepare it again", job="evaluate"
+        "data.variants=9", DATA, "data.variants is", "9 here", "prepare another", job="evaluate"
     ),
     "more ACT steps than there are": Case(
         job="evaluate",

@@ -39,6 +39,7 @@ from hybrid.context import LocalContext
 from hybrid.dataset import Dataset, prepare
 from hybrid.encode import Encoder, plan
 from hybrid.errors import UserError
+from hybrid.evaluate.run import _beside
 from hybrid.train import initial_checkpoint, joint, pretrain, progress
 from hybrid.train.state import fresh
 
@@ -151,19 +152,18 @@ def test_names_that_a_uri_cannot_hold_are_quoted_in_it(
     assert load(storage.place(sent)).logging.run == "x"
 
 
-def test_a_copy_is_as_old_as_its_original(root: str, elsewhere: Callable[[], None]) -> None:
-    """The newest of several evaluations is not the one that was fetched last."""
-    for name in ("b", "a"):
-        path = storage.folder(root) / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(name)
+def test_the_newest_evaluation_in_a_store_is_not_the_one_that_was_fetched_last(
+    root: str, tasks: Path, elsewhere: Callable[[], None]
+) -> None:
+    config = config_in(root, tasks, config_of)
+    for name in ("b", "a", "c"):
+        path = config.runs_folder / "other" / "evaluation" / name / "results.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"title": name, "protocol": {"asked": 3 - (name == "c")}}))
         storage.publish(path)
         time.sleep(1.1)  # the store knows seconds
     elsewhere()
-    paths = [storage.folder(root) / name for name in ("a", "b")]
-    for path in paths:
-        storage.obtain(path)
-    assert max(paths, key=storage.modified).name == "a"
+    assert _beside(config, "other", {"asked": 3})["title"] == "a"
 
 
 def test_a_config_that_is_not_in_the_store_is_named(root: str) -> None:

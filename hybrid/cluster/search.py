@@ -35,6 +35,7 @@ class RandomSearch:
         done = {trial.name for trial in known_trials(config) if trial.status != "unfinished"}
         self.count = len(drawn)
         left = [values for values in drawn if trial_name(values) not in failed]
+        self.names = {trial_name(values) for values in drawn}
         self.open = any(trial_name(values) not in done for values in left)
         self.said = f"{len(drawn)} trials, {len(done)} of them done"
         self.space = {"values": tune.grid_search(left)}
@@ -53,6 +54,7 @@ class OptunaSearch:
         if all(sizes):  # no more trials than there are different ones
             self.count = min(self.count, math.prod(sizes))
         self.samples = max(0, self.count - len(ended))
+        self.names: set[str] = set()  # it may end below the count
         self.open = self.samples > 0
         self.said = f"{self.count} trials, {len(ended)} of them done"
         self.space: dict[str, Any] = {}  # the searcher has it

@@ -65,25 +65,27 @@ def sweep(config: Config, say: Say = print) -> tuple[list[Trial], tuple[Axis, ..
     axes = parse_space(config)
     start = _refuse_changes(config)
     base = _prepared(config, start, say)
-    check(base, Joint.kind, Joint.sections)
-    _note(config, base.trm.init_from)
     search = RandomSearch(base, axes) if base.sweep.search == "random" else OptunaSearch(base, axes)
+    if search.open:  # else what trials began from may be gone
+        check(base, Joint.kind, Joint.sections)
+    _note(config, base.trm.init_from)
     with cluster(base, workers=_workers(base), spare_cpus=_spare(base)):
         at_once = _at_once(base)
         say(f"{storage.place(config.run_folder)}: {search.said}, {at_once} at a time")
-        cut_off: set[str] = set()
+        begun: set[str] = set()
         if search.open:
             if base.llama.encodings:
                 say(encode(base))
-            cut_off = _run(base, search, at_once, config.run_folder / TUNE_FOLDER, say)
+            begun = _run(base, search, at_once, config.run_folder / TUNE_FOLDER, say)
     trials = known_trials(base)
+    left = (search.names | begun) - {trial.name for trial in trials if trial.status != "unfinished"}
     write_results(config.run_folder / "sweep.parquet", trials, axes)
     write_report(config.run_folder / "report.html", config.logging.run, trials, axes)
+    if left:
+        raise Stopped(f"{len(left)} trials have not ended; the same command goes on with them")
     best = config.run_folder / "best.yaml"
     best.write_text(best_yaml(config, trials))
     storage.publish(best)
-    if cut_off:
-        raise Stopped(f"{len(cut_off)} trials have not ended; the same command goes on with them")
     return trials, axes
 
 
@@ -163,7 +165,7 @@ def _at_once(config: Config) -> int:
 def _run(
     config: Config, search: RandomSearch | OptunaSearch, at_once: int, folder: Path, say: Say
 ) -> set[str]:
-    """Run the trials, Tune's own records in `folder`; names of those that have not ended."""
+    """Run the trials, Tune's own records in `folder`; names of those that have begun."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its tables; ours are said here
     # A checkpoint that nobody planned comes without a score.
@@ -204,7 +206,7 @@ def _run(
             verbose=0,
         ),
     ).fit()
-    return notes.open
+    return notes.begun
 
 
 def _resources(config: Config) -> dict[str, float]:
@@ -235,9 +237,10 @@ def _train_trial(settings: dict[str, Any], base: dict[str, Any]) -> None:
             share_cores(1)
             result = joint(config, _TrialContext(compute_device(config.cluster.use_gpu)))
     except Exception as error:
-        # Whether it has failed, or the sweep was ended around it, is for the sweep to say.
+        # Not raised: Tune would try the same again. Whether the trial has failed, or the sweep was
+        # ended around it, is for the sweep to say.
         note_reason(config.run_folder, _reason(error))
-        raise
+        return
     # Said once more: what a worker says last, Ray Train may lose with the worker.
     assert result.validation is not None
     _report(result.step, result.validation)
@@ -269,12 +272,12 @@ class _Notes(tune.Callback):  # type: ignore[misc]
         self.said: dict[str, int] = {}
         self.before: dict[str, float] = {}
         """Seconds of trials before this sweep took them up again."""
-        self.open: set[str] = set()
-        """Trials that have begun and not ended."""
+        self.begun: set[str] = set()
+        """Names of trials."""
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         known = self._known(trial)
-        self.open.add(self._folder(trial).name)
+        self.begun.add(self._folder(trial).name)
         self.before[self._folder(trial).name] = known.seconds if known else 0.0
         if known is None:
             self._write(trial, "unfinished")
@@ -290,15 +293,18 @@ class _Notes(tune.Callback):  # type: ignore[misc]
                 self._write(trial, "unfinished")
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        self.open.discard(self._folder(trial).name)
         known = self._known(trial)
-        if known and known.status == "unfinished":
+        if not known or known.status != "unfinished":
+            return
+        reason = read_reason(self._folder(trial))
+        if reason:
+            self._end(trial, "failed", reason)
+        else:
             done = known.step == total_steps(_config_of(self.config, known.values), self.rows)
             self._end(trial, "done" if done else "stopped early")
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        reason = read_reason(self._folder(trial)) or "its process died"
-        self._end(trial, "failed", reason)
+        self._end(trial, "failed", "its process died")
 
     def _write(self, trial: Any, status: Any, error: str = "") -> None:
         folder = self._folder(trial)
@@ -307,7 +313,6 @@ class _Notes(tune.Callback):  # type: ignore[misc]
         note_trial(folder, self._values(trial), status, seconds, error)
 
     def _end(self, trial: Any, status: Any, error: str = "") -> None:
-        self.open.discard(self._folder(trial).name)
         self._write(trial, status, error)
         ended = sum(t.status != "unfinished" for t in known_trials(self.config))
         self.say(

@@ -109,7 +109,7 @@ class Dataset:
 
     def refuse_another_recipe(self, config: DataConfig) -> None:
         """UserError if `config` describes another dataset: only preparing listens to it."""
-        made = self.meta["config"]
+        made = {"canvas": "full", **self.meta["config"]}
         differs = [
             f"data.{key} is {made[key]!r} there, {value!r} here"
             for key, value in plain(config).items()
@@ -117,8 +117,8 @@ class Dataset:
         ]
         if differs:
             raise UserError(
-                f"{storage.place(self.folder)}: {'; '.join(differs)}; prepare it again, or name"
-                " another paths.data"
+                f"{storage.place(self.folder)}: {'; '.join(differs)}; say what is there, or"
+                " prepare another paths.data"
             )
 
     @property

@@ -14,6 +14,7 @@ from hybrid.context import worker_slots
 from hybrid.dataset import Dataset, Stream
 from hybrid.errors import UserError
 from hybrid.llm import check_model
+from hybrid.llm.known import is_path
 from hybrid.train.state import CHECKPOINTS, initial_checkpoint, model_config, refuse_other_sizes
 
 MAY_CHANGE = {
@@ -90,9 +91,11 @@ def refuse_changes(
             " give this one another logging.run"
         )
     changed = differences(checkpoint.state["config"], to_dict(config), sections)
-    # Where a frozen model lies may change: `refuse_another_reader` sees whether it is the same.
-    moved = ("model", "revision") if config.llama.frozen else ()
-    may = {**MAY_CHANGE, "llama": MAY_CHANGE["llama"] + moved}
+    may = dict(MAY_CHANGE)
+    before = checkpoint.state["config"].get("llama", {}).get("model", "")
+    if config.llama.frozen and is_path(before) and is_path(config.llama.model):
+        # Its folder may have moved: `refuse_another_reader` sees whether it is the same.
+        may["llama"] = (*may["llama"], "model")
     changed = [
         line
         for line in changed

@@ -50,10 +50,13 @@ def save_checkpoint(
             storage.remove(final)  # what a killed run has left of it
         partial.mkdir(parents=True)
 
+    name = f"{slots_name(state.slots)}.safetensors"
+    mine: list[Fingerprint] = []
+
     def write() -> None:
         save(state, partial, context.rank)
+        mine.append(fingerprint(partial / name))
         if context.rank:
-            name = f"{slots_name(state.slots)}.safetensors"
             storage.publish(final / name, partial / name)
 
     def end() -> None:
@@ -65,7 +68,7 @@ def save_checkpoint(
     try:
         _together(context, begin if context.rank == 0 else None)
         _together(context, write)
-        parts = _other_parts(state, config.training.batch_size, partial, context)
+        parts = _other_parts(mine[0], config.training.batch_size, context)
         _together(context, end if context.rank == 0 else None)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -93,14 +96,12 @@ def _together(context: RunContext, work: Callable[[], None] | None) -> None:
         raise OSError(str(problem) if problem else "another worker failed, see its log")
 
 
-def _other_parts(
-    state: TrainState, batch_size: int, partial: Path, context: RunContext
-) -> dict[str, Fingerprint]:
+def _other_parts(mine: Fingerprint, batch_size: int, context: RunContext) -> dict[str, Fingerprint]:
     """Names and fingerprints of the files that other workers have just written."""
-    size, digest = fingerprint(partial / f"{slots_name(state.slots)}.safetensors")
+    size, digest = mine
     packed = size.to_bytes(8) + bytes.fromhex(digest)
-    mine = torch.tensor([list(packed)], dtype=torch.uint8, device=context.device)
-    every = context.gather(mine, context.world_size).tolist()
+    told = torch.tensor([list(packed)], dtype=torch.uint8, device=context.device)
+    every = context.gather(told, context.world_size).tolist()
     parts = {}
     for rank in range(1, context.world_size):
         name = slots_name(worker_slots(batch_size, rank, context.world_size))

@@ -118,8 +118,10 @@ def initial_checkpoint(config: Config) -> Checkpoint | None:
     if name is None:
         return None
     if "/" in name:
-        return read(storage.folder(name))
-    found = newest(config.runs_folder / name / CHECKPOINTS)
+        return read(storage.member(name))
+    # The copy that its workers will read, who are told the place of the checkpoint.
+    place = storage.place(config.runs_folder / name / CHECKPOINTS)
+    found = newest(storage.folder(place))
     if not found:
         raise UserError(
             f"trm.init_from: {name} is no run with a checkpoint in"

@@ -294,14 +294,15 @@ def untold(root: Path, request: pytest.FixtureRequest) -> Iterator[Config]:
     yield replace(config, training=replace(config.training, steps=2))
 
 
-def test_the_canvas_of_a_run_is_its_datasets_whatever_its_config_says(untold: Config) -> None:
-    """The same command again goes on, as with every other key of `data`."""
-    check(untold, "trm", SECTIONS)
+def test_the_canvas_of_a_run_is_its_datasets_and_the_config_must_say_so(untold: Config) -> None:
+    with pytest.raises(UserError, match=r"data\.canvas is 'bucketed' there, 'full' here"):
+        check(untold, "trm", SECTIONS)
+    check(replace(untold, data=replace(untold.data, canvas="bucketed")), "trm", SECTIONS)
 
 
 def test_another_dataset_is_refused_whatever_the_config_says(untold: Config, root: Path) -> None:
     full = replace(untold, paths=replace(untold.paths, data=str(root / "full")))
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=r"holds a run with data\.canvas=bucketed"):
         check(full, "trm", SECTIONS)
 
 
@@ -329,7 +330,8 @@ def test_a_weight_for_every_cell_needs_the_full_canvas(
 ) -> None:
     config = config_on(root, canvas, "mixing", trm={"mlp_t": True})
     if not refused:
-        return check(config, "trm", SECTIONS)
+        check(config, "trm", SECTIONS)
+        return
     with pytest.raises(UserError, match=r"^trm\.mlp_t: .*data\.canvas=full") as error:
         check(config, "trm", SECTIONS)
     assert "\n" not in str(error.value)

@@ -74,6 +74,7 @@ def state_of(model: TRM, config: TrainingConfig, batch: dict[str, Tensor]) -> Tr
         slots=range(len(batch["inputs"])),
         carry=model.initial_carry(batch),
         taken=torch.zeros(len(batch["inputs"]), dtype=torch.int64),
+        trained_on=[],
     )
 
 
