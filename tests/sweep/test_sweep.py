@@ -215,8 +215,7 @@ def test_a_trial_that_fails_is_listed_and_the_others_end(tmp_path: Path) -> None
     rows = ranking(tmp_path)
     assert [row["status"] for row in rows] == ["done", "failed"]
     assert "llama.model: /nowhere/at/all" in rows[1]["error"]
-    assert done.stdout.count("failed: llama.model: /nowhere/at/all") == 2, "once, and in the end"
-    assert rows[1]["seconds"] == 0, "it was tried again"
+    assert done.stdout.count("failed: llama.model: /nowhere/at/all") == 2
     best = yaml.safe_load((tmp_path / "runs" / "sweep" / "best.yaml").read_text())
     assert best["llama"]["model"] == "tiny-random"
 
