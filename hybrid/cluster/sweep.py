@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.exceptions import RayError
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
@@ -237,9 +238,10 @@ def _train_trial(settings: dict[str, Any], base: dict[str, Any]) -> None:
             share_cores(1)
             result = joint(config, _TrialContext(compute_device(config.cluster.use_gpu)))
     except Exception as error:
-        # Not raised: Tune would try the same again. Whether the trial has failed, or the sweep was
-        # ended around it, is for the sweep to say.
+        # Whether the trial has failed, or the sweep was ended around it, is for the sweep to say.
         note_reason(config.run_folder, _reason(error))
+        if isinstance(error, RayError):
+            raise  # a process of Ray's was lost: Tune tries again, which would not help with others
         return
     # Said once more: what a worker says last, Ray Train may lose with the worker.
     assert result.validation is not None
