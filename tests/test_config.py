@@ -197,34 +197,35 @@ def test_paths_are_absolute_and_hang_from_root(
     assert apart.run_folder == Path("/home/somebody/r/exp")
 
 
-@pytest.mark.parametrize("start", ["there", "./there", "~/there", "/there", "s3://there/x?y=1"])
-def test_a_start_with_a_slash_is_a_folder_and_any_other_a_run(
-    start: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("dotted", "name", "place"),
+    [
+        ("trm.init_from", "there", "there"),
+        ("trm.init_from", "./there", "CWD/there"),
+        ("trm.init_from", "runs/there", "CWD/runs/there"),
+        ("trm.init_from", "~/there", "/home/somebody/there"),
+        ("trm.init_from", "/there", "/there"),
+        ("trm.init_from", "s3://there/x?y=1", "s3://there/x?y=1"),
+        ("llama.model", "owner/there", "owner/there"),
+        ("llama.model", "there", "there"),
+        ("llama.model", "./there", "CWD/there"),
+        ("llama.model", "~/there", "/home/somebody/there"),
+        ("llama.model", "there.gguf", "CWD/there.gguf"),
+    ],
+)
+def test_what_is_a_folder_is_seen_by_its_name_alone(
+    dotted: str, name: str, place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Whatever the working directory holds: nodes of a cluster do not all hold the same."""
+    """Whatever the working directory holds: a worker has another than the command."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/somebody")
-    folders = {"./there": str(tmp_path / "there"), "~/there": "/home/somebody/there"}
+    section, key = dotted.split(".")
     for _ in range(2):
-        assert from_dict({"trm": {"init_from": start}}).trm.init_from == folders.get(start, start)
+        config = from_dict({section: {key: name}})
+        assert getattr(getattr(config, section), key) == place.replace("CWD", str(tmp_path))
         (tmp_path / "there").mkdir(exist_ok=True)
-
-
-@pytest.mark.parametrize("model", ["owner/there", "there", "./there", "~/there", "there.gguf"])
-def test_a_model_is_a_folder_or_a_hub_s_by_its_name_alone(
-    model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """A training worker has another working directory than the command that started it."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", "/home/somebody")
-    places = {
-        "./there": str(tmp_path / "there"),
-        "~/there": "/home/somebody/there",
-        "there.gguf": str(tmp_path / "there.gguf"),
-    }
-    for _ in range(2):
-        assert from_dict({"llama": {"model": model}}).llama.model == places.get(model, model)
-        (tmp_path / model).mkdir(exist_ok=True, parents=True)
+        (tmp_path / "owner" / "there").mkdir(exist_ok=True, parents=True)
+        (tmp_path / "there.gguf").touch()
 
 
 def test_a_run_is_called_after_its_file_unless_it_has_a_name(write: Any) -> None:

@@ -306,7 +306,8 @@ class _Notes(tune.Callback):  # type: ignore[misc]
             self._end(trial, "done" if done else "stopped early")
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        self._end(trial, "failed", "its process died")
+        reason = read_reason(self._folder(trial)) or "its process died"
+        self._end(trial, "failed", reason)
 
     def _write(self, trial: Any, status: Any, error: str = "") -> None:
         folder = self._folder(trial)
