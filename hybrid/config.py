@@ -70,6 +70,9 @@ class TrainingConfig:
 
     batch_size: int = 768
     """Rows of one optimiser step, over all workers together."""
+    micro_batch_size: int | None = None
+    """Rows of one forward and backward pass of a worker; gradients accumulate over passes to
+    batch_size. Limits memory, not results. All rows of the worker when not given."""
     epochs: float | None = None
     """Training length in passes over the tasks, one variant each; or give `steps`."""
     steps: int | None = None
@@ -121,6 +124,7 @@ class TrainingConfig:
             **dict.fromkeys(("beta1", "beta2", "ema_rate"), (0, 1 - 1e-09)),
             **dict.fromkeys(("lr_min_ratio", "freeze_trunk", "blank_puzzle_prob"), (0, 1)),
             **dict.fromkeys(("variants", "max_attempts", "act_steps", "bptt_attempts"), (1, None)),
+            micro_batch_size=(1, None),
             clip_norm=(1e-9, None),
         )
         if self.epochs is not None and self.steps is not None:

@@ -339,6 +339,7 @@ VALID = {
             probe_pairs=COUNTS,
             variants=maybe(COUNTS),
             freeze_trunk=SHARES,
+            micro_batch_size=maybe(st.integers(1, 10**6)),
             clip_norm=maybe(st.floats(1e-9, 1e9)),
             blank_puzzle_prob=SHARES,
             max_attempts=COUNTS,

@@ -18,7 +18,10 @@ from hybrid.llm.known import is_path
 from hybrid.train.state import CHECKPOINTS, initial_checkpoint, model_config, refuse_other_sizes
 
 MAY_CHANGE = {
-    "training": ("steps", "epochs", "save_every", "keep_checkpoints", "probe_pairs", "recompute"),
+    "training": (
+        *("steps", "epochs", "save_every", "keep_checkpoints", "probe_pairs"),
+        *("micro_batch_size", "recompute"),  # memory and speed, not results
+    ),
     "llama": ("batch_size", "encodings"),
     "trm": ("init_from",),  # a resumed run has begun already
 }
