@@ -6,8 +6,6 @@ worker r of W computes slots r * B // W to (r + 1) * B // W.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from enum import IntEnum
 from pathlib import Path
@@ -20,7 +18,6 @@ from torch import Tensor
 from hybrid.dataset import Stream
 from hybrid.dataset.stream import Rows
 from hybrid.errors import UserError
-from hybrid.trm import TRM
 
 
 class Signal(IntEnum):
@@ -134,23 +131,6 @@ class ProcessGroupContext(LocalContext):
         return Signal(int(asked))
 
 
-def compute_device(use_gpu: bool) -> torch.device:
-    """The GPU of this process or the CPU; UserError if there is no GPU to use."""
-    if use_gpu and not torch.cuda.is_available():
-        raise UserError("cluster.use_gpu: torch sees no CUDA device here")
-    return torch.device("cuda" if use_gpu else "cpu")
-
-
-def fuse(trm: TRM, compiles: bool) -> None:
-    """Have a TRM compute by compiled kernels if it `compiles`; UserError if it cannot here."""
-    if not compiles:
-        return
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        raise UserError(f"cluster.compile: {compiler} is not here; install it or set it to false")
-    trm.fuse()
-
-
 def worker_slots(batch_size: int, rank: int, world_size: int) -> range:
     """The slots of one worker, as many as others have or one less; UserError if it has none."""
     if batch_size < world_size:
@@ -158,18 +138,3 @@ def worker_slots(batch_size: int, rank: int, world_size: int) -> range:
             f"training.batch_size={batch_size} leaves some of {world_size} workers without a row"
         )
     return range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
-
-
-def share_cores(workers_on_this_machine: int) -> None:
-    """Compute with this worker's share of the cores; Ray would leave it one thread."""
-    torch.set_num_threads(max(1, _cores() // max(1, workers_on_this_machine)))
-
-
-def _cores() -> int:
-    """CPUs this process may use: a container has often less than its machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return min(cores or 1, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):  # not Linux, an old kernel, or no quota ("max")
-        return cores or 1

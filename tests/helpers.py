@@ -27,10 +27,12 @@ from hybrid.arc import Pair, Task
 from hybrid.config import Config, from_dict
 from hybrid.context import ProcessGroupContext
 from hybrid.dataset import Dataset, Stream
+from hybrid.dataset.stream import Rows
 from hybrid.evaluate import Job, Outcome, Question, evaluate, local_solve_all
 from hybrid.evaluate.run import SolveAll
 from hybrid.evaluate.solve import Prediction
-from hybrid.train import state
+from hybrid.train import TrainState, state
+from hybrid.train.feed import Feed
 
 TRAINED = ("49d1d64f", "74dd1130", "d631b094")
 ASKED = ("25ff71a9", "44f52bb0", "d037b0a7")
@@ -123,6 +125,16 @@ def hybrid_of(root: Path, **sections: dict[str, Any]) -> Config:
         "training": {"max_attempts": 3},
     }
     return config_of(root, **{s: keys.get(s, {}) | sections.get(s, {}) for s in keys | sections})
+
+
+def feed_of(state: TrainState, rounds: Iterator[Rows], first: int = 0) -> Feed:
+    """The feed of a state's slots."""
+    return Feed(rounds, first, state.taken, state.carry.current["side"])
+
+
+def next_batch(feed: Feed, state: TrainState) -> dict[str, Tensor]:
+    """The batch of a state's next step."""
+    return feed.refill(state.carry, state.halted)
 
 
 def write_tasks(folder: Path, tasks: Iterable[Task]) -> None:

@@ -13,7 +13,7 @@ from ray.data import ActorPoolStrategy
 from hybrid.cluster.runtime import cluster
 from hybrid.cluster.stream import quiet
 from hybrid.config import Config
-from hybrid.context import compute_device, share_cores
+from hybrid.device import compute_device, share_cores
 from hybrid.encode import Encoder
 from hybrid.errors import UserError
 

@@ -16,7 +16,7 @@ from hybrid.checkpoint import read
 from hybrid.cluster.gauges import Gauges
 from hybrid.cluster.runtime import cluster
 from hybrid.config import Config
-from hybrid.context import share_cores
+from hybrid.device import share_cores
 from hybrid.errors import UserError
 from hybrid.evaluate import HybridAnswerer, Job, Question, Solver, open_solver
 from hybrid.evaluate.run import SolveAll

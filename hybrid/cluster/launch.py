@@ -6,7 +6,8 @@ import hybrid.evaluate as evaluation
 from hybrid import storage
 from hybrid import train as loops
 from hybrid.config import Config
-from hybrid.context import LocalContext, compute_device, share_cores
+from hybrid.context import LocalContext
+from hybrid.device import compute_device, share_cores
 from hybrid.encode import Encoder, plan
 from hybrid.errors import Stopped
 from hybrid.evaluate import Outcome, local_solve_all

@@ -26,8 +26,9 @@ from hybrid.cluster.runtime import cluster
 from hybrid.cluster.search import OBJECTIVE, OptunaSearch, RandomSearch, known_trials
 from hybrid.cluster.trainer import run, trainer
 from hybrid.config import Config, differences, from_dict, to_dict
-from hybrid.context import LocalContext, compute_device, share_cores
+from hybrid.context import LocalContext
 from hybrid.dataset import Dataset, prepare
+from hybrid.device import compute_device, share_cores
 from hybrid.errors import Stopped, UserError, make_folder
 from hybrid.evaluate import Validation
 from hybrid.sweep import (

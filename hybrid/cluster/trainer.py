@@ -24,9 +24,10 @@ from hybrid.cluster.gauges import Gauges
 from hybrid.cluster.runtime import cluster
 from hybrid.cluster.stream import ray_rounds
 from hybrid.config import Config, from_dict, to_dict
-from hybrid.context import ProcessGroupContext, Signal, share_cores
+from hybrid.context import ProcessGroupContext, Signal
 from hybrid.dataset import Stream
 from hybrid.dataset.stream import Rows
+from hybrid.device import share_cores
 from hybrid.errors import AgreedError, UserError
 from hybrid.evaluate import Validation
 from hybrid.train import Diverged, Result, joint, pretrain

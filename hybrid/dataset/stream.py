@@ -4,14 +4,15 @@ An epoch draws one variant of every task and deals out all training pairs of it;
 epoch, task after task in random order, are its rows. Rows are numbered through all epochs: the
 number is the *position* in the stream.
 
-A batch has `slots`. Slot s of S takes positions s, S + s, 2 S + s, ...: its k-th row belongs to
-*round* k. So a slot's place in the stream is one number, whoever computes the slot, and no row is
-skipped however long its neighbours keep theirs.
+A batch has S slots. The k-th row of a slot belongs to *round* k, so one number per slot records its
+progress, independently of which worker computes the slot and of how long other slots keep their
+rows. On full canvases slot s takes positions s, S + s, 2 S + s, ... On bucketed canvases every slot
+has a fixed side and takes the rows of that side only, so a step has the same shapes every time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeAlias
@@ -58,7 +59,13 @@ class Stream:
         self._task_of_pair = np.repeat(np.arange(len(pairs)), [len(of_task) for of_task in pairs])
         shapes = [np.max([grid.shape for grid in pair.grids], axis=0) for pair in self.pairs]
         self._shapes = np.array(shapes, np.int64).reshape(-1, 2)  # [R, (height, width)]
+        self._side_of_pair = dataset.sides[self._task_of_pair].astype(np.int64)
+        sides, rows = np.unique(self._side_of_pair, return_counts=True)
+        self._rows_of_side = dict(zip(sides.tolist(), rows.tolist(), strict=True))
         self._epoch = lru_cache(maxsize=4)(self._draw_epoch)
+        self._slot_groups = lru_cache(maxsize=4)(self._draw_slot_groups)
+        # Slots of different sides may be in different epochs.
+        self._places_of_side = lru_cache(maxsize=64)(self._find_places_of_side)
 
     def __len__(self) -> int:
         """Rows of an epoch."""
@@ -84,9 +91,66 @@ class Stream:
         return found
 
     def rounds(self, first: int, count: int, slots: range, total_slots: int) -> Rows:
-        """`count` rounds of some slots from `first` on, round by round: n = count * len(slots)."""
-        rounds = np.arange(first, first + count, dtype=np.int64)[:, None]
-        return self.rows((rounds * total_slots + np.array(slots, np.int64)).ravel())
+        """Return `count` rounds of `slots` from round `first` on, n = count * len(slots) rows."""
+        rounds = np.repeat(np.arange(first, first + count, dtype=np.int64), len(slots))
+        return self.rows(self.positions(rounds, np.tile(np.array(slots), count), total_slots))
+
+    def positions(self, rounds: Ints, slots: Ints, total_slots: int) -> Ints:
+        """Return the positions [n] of the rows that `slots` [n] take in `rounds` [n]."""
+        groups = self._slot_groups(total_slots)
+        if groups is None:
+            return rounds * total_slots + slots
+        side, number, slots_of_side = groups
+        positions = np.empty(len(slots), np.int64)
+        for n, (k, slot) in enumerate(zip(rounds.tolist(), slots.tolist(), strict=True)):
+            rows = self._rows_of_side[side[slot]]
+            epoch, row = divmod(k * slots_of_side[side[slot]] + number[slot], rows)
+            positions[n] = epoch * len(self) + self._places_of_side(epoch, side[slot])[row]
+        return positions
+
+    def slot_sides(self, total_slots: int) -> list[int] | None:
+        """Return the canvas side of every slot; None where slots take rows of any side."""
+        groups = self._slot_groups(total_slots)
+        return None if groups is None else groups[0]
+
+    def _draw_slot_groups(
+        self, total_slots: int
+    ) -> tuple[list[int], list[int], dict[int, int]] | None:
+        """Return each slot's side, its number among the slots of that side, and slots per side.
+
+        Slots are shared out in proportion to the rows of each side, at least one each. Sides
+        alternate: the consecutive slots of any worker are a mixture like the whole batch. None
+        with one side, or with fewer slots than sides.
+        """
+        rows = self._rows_of_side
+        if len(rows) == 1 or total_slots < len(rows):
+            return None
+        share = {side: total_slots * n / len(self) for side, n in rows.items()}
+        slots_of_side = {side: max(1, int(part)) for side, part in share.items()}
+        while (left := total_slots - sum(slots_of_side.values())) != 0:
+            lacks = {
+                side: share[side] - n for side, n in slots_of_side.items() if left > 0 or n > 1
+            }
+            side = max(lacks, key=lambda side: left * lacks[side])
+            slots_of_side[side] += 1 if left > 0 else -1
+        sides: list[int] = []
+        numbers: list[int] = []
+        given = dict.fromkeys(rows, 0)
+        for slot in range(total_slots):
+            behind = {
+                side: n * (slot + 1) / total_slots - given[side]
+                for side, n in slots_of_side.items()
+                if given[side] < n
+            }
+            side = max(behind, key=behind.__getitem__)
+            sides.append(side)
+            numbers.append(given[side])
+            given[side] += 1
+        return sides, numbers, slots_of_side
+
+    def _find_places_of_side(self, epoch: int, side: int) -> Ints:
+        """Return the places within an epoch of the rows on canvases of `side`, in order."""
+        return np.flatnonzero(self._side_of_pair[self._epoch(epoch).pair] == side)
 
     def original_pairs(self, count: int) -> Rows:
         """Up to `count` training pairs as they are in the original tasks, evenly chosen."""
@@ -145,17 +209,22 @@ class Stream:
         return Epoch(variant=variant, pair=order, row=offset[:, 0], column=offset[:, 1])
 
 
-def by_side(rows: Mapping[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
-    """Rows taken apart by the `side` of their canvas: (numbers of the rows, the rows) for each.
+def numbers_by_side(sides: Sequence[int]) -> dict[int, list[int]]:
+    """Return the row numbers of each canvas side, smallest side first."""
+    found: dict[int, list[int]] = {side: [] for side in sorted(set(sides))}
+    for number, side in enumerate(sides):
+        found[side].append(number)
+    return found
 
-    Of arrays or tensors [n, ...]; token rows are cut to the canvas. Rows that are all of one side
-    are not copied.
+
+def by_side(rows: Mapping[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
+    """Split rows [n, ...] by canvas side: (row numbers, rows) of each side.
+
+    Token rows are cut to the canvas. Rows that share one side are not copied.
     """
-    sides = rows["side"].tolist()
     found = []
-    for side in sorted(set(sides)):
-        mine = [n for n, other in enumerate(sides) if other == side]
-        chosen = slice(None) if len(mine) == len(sides) else mine
+    for side, mine in numbers_by_side(rows["side"].tolist()).items():
+        chosen = slice(None) if len(mine) == len(rows["side"]) else mine
         part = {name: value[chosen] for name, value in rows.items()}
         for name in TOKENS & part.keys():
             part[name] = part[name][:, : side**2]

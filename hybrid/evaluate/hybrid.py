@@ -19,7 +19,7 @@ from torch import Tensor
 from hybrid.arc import Augmentation, Grid, Pair, Task, encode_grid, grid_to_string
 from hybrid.checkpoint import Checkpoint
 from hybrid.config import Config, from_dict
-from hybrid.context import fuse
+from hybrid.device import fuse
 from hybrid.errors import UserError
 from hybrid.evaluate.solve import Prediction, PuzzleTable, Question, ballot, load_averaged
 from hybrid.llm import Prompt, Reader, open_reader

@@ -15,8 +15,8 @@ from hybrid import storage
 from hybrid.arc import Grid, Task, pair_hash
 from hybrid.checkpoint import Checkpoint, newest, read
 from hybrid.config import Config
-from hybrid.context import compute_device
 from hybrid.dataset import Dataset
+from hybrid.device import compute_device
 from hybrid.errors import UserError, make_folder
 from hybrid.evaluate.hybrid import HybridAnswerer
 from hybrid.evaluate.merge import merge, questions_key

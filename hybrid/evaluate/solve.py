@@ -27,8 +27,8 @@ from hybrid.arc import (
 )
 from hybrid.checkpoint import Checkpoint
 from hybrid.config import EvaluationConfig
-from hybrid.context import fuse
 from hybrid.dataset.stream import Rows, by_side
+from hybrid.device import fuse
 from hybrid.trm import TRM, TRMConfig
 
 Prediction = dict[str, Any]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hybrid.arc import PAD
 from hybrid.dataset.stream import Rows
+from hybrid.device import to_device
 from hybrid.trm import IGNORE, Carry
 
 
@@ -23,8 +24,11 @@ class Feed:
     fastest slot are held here, as uint8.
     """
 
-    def __init__(self, rounds: Iterator[Rows], first: int, taken: Tensor) -> None:
+    def __init__(self, rounds: Iterator[Rows], first: int, taken: Tensor, sides: Tensor) -> None:
+        """`sides` [slots]: canvas side of the rows that the slots hold, from the carry."""
         self.rounds = rounds
+        self.sides = sides.to("cpu", copy=True)
+        """Kept on the host, where a step splits its rows by side."""
         self.first = first
         """Number of the first round held."""
         self.taken = taken
@@ -33,16 +37,24 @@ class Feed:
         self.waited = 0.0
         """Seconds spent on getting rounds: on making them, or on waiting for who makes them."""
 
-    def refill(self, carry: Carry) -> dict[str, Tensor]:
-        """A batch on the carry's device: new rows for the halted slots, the others' own ones."""
-        halted = carry.halted.nonzero().squeeze(1)
-        if not len(halted):
-            return carry.current
-        new = self._take(halted.tolist())
-        return {
-            name: value.index_copy(0, halted, new[name].to(value))
-            for name, value in carry.current.items()
-        }
+    def refill(self, carry: Carry, halted: Tensor) -> dict[str, Tensor]:
+        """Return a batch: new rows for the slots in `halted` [slots], the others' own rows.
+
+        `halted` is on the host, tensors are on the carry's device but for `side`.
+        """
+        slots = halted.nonzero().squeeze(1)
+        batch = carry.current
+        if len(slots):
+            new = self._take(slots.tolist())
+            self.sides = self.sides.index_copy(0, slots, new.pop("side"))
+            device = carry.halted.device
+            where = to_device(slots, device)
+            batch = {
+                name: value.index_copy(0, where, to_device(new[name], device))
+                for name, value in batch.items()
+                if name != "side"
+            }
+        return {**batch, "side": self.sides}
 
     def _take(self, slots: list[int]) -> dict[str, Tensor]:
         picked = []

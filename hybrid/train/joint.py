@@ -26,7 +26,7 @@ from hybrid.solver.feedback import Confidence
 from hybrid.train.loop import Result, train
 from hybrid.train.plan import training_stream
 from hybrid.train.state import fresh
-from hybrid.train.step import Sums, add_up, clear_gradients, exploration, move
+from hybrid.train.step import Sums, add_up, clear_gradients, exploration, micro_batches, move
 from hybrid.trm import IGNORE, Batch, act_loss
 
 CALIBRATION_ROWS = 64
@@ -91,16 +91,18 @@ class Joint:
         state.step += 1
         self.solver.train()
         clear_gradients(state)
-        # A slot has just taken its row: that row's place in the stream is one back.
-        places = (state.taken.numpy() - 1) * training.batch_size + np.array(state.slots)
+        # The slots have just taken their rows: those belong to the round before.
+        places = self.stream.positions(
+            state.taken.numpy() - 1, np.array(state.slots), training.batch_size
+        )
         ids = self._puzzle_ids(batch)
         row_grads = state.trm.puzzle_table.new_zeros(len(ids), state.trm.config.puzzle_emb_ndim)
         loss = torch.zeros((), device=ids.device)
         sums: Sums = {}
         least = self._least()
-        for slots, rows in by_side(batch):
+        for mine, slots, rows in micro_batches(batch, training.micro_batch_size):
             puzzle_rows = state.trm.puzzle_table[ids[slots].long()].requires_grad_()
-            part, counted = self._attempts(rows, puzzle_rows, places[slots], least[slots].tolist())
+            part, counted = self._attempts(rows, puzzle_rows, places[mine], least[mine].tolist())
             loss = loss + part
             add_up(sums, counted)
             if puzzle_rows.grad is not None:

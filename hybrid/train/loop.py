@@ -77,7 +77,7 @@ def train(config: Config, context: RunContext, make: MakeLearner) -> Result:
         restore(state, resumed)
     first = int(state.taken.min())
     rounds = context.rounds(stream, slots, config.training.batch_size, first)
-    feed = Feed(rounds, first, state.taken)
+    feed = Feed(rounds, first, state.taken, state.carry.current["side"])
     resumed_at = state.step if resumed else None
     with RunLog(config, project=learner.project, rank=context.rank, resumed_at=resumed_at) as run:
         log.info("step %d of %d, %s", state.step, total, resumed.folder if resumed else "fresh")
@@ -140,7 +140,7 @@ def _newest_for_all(folder: Path, context: RunContext) -> Checkpoint | None:
 
 
 def _step(learner: Learner, feed: Feed, total: int, folder: Path) -> Sums:
-    batch = feed.refill(learner.state.carry)
+    batch = feed.refill(learner.state.carry, learner.state.halted)
     try:
         return learner.step(batch, total)
     except Diverged as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from hybrid import storage
 from hybrid.arc import pair_hash
 from hybrid.checkpoint import Checkpoint, newest, read, write_tensors
 from hybrid.config import Config
-from hybrid.context import fuse
 from hybrid.dataset import Dataset
+from hybrid.device import fuse
 from hybrid.errors import UserError
 from hybrid.llm.reader import Reader
 from hybrid.solver import HybridSolver
@@ -51,6 +51,11 @@ class TrainState:
     """[slots] int64: rows each slot has taken, its place in the stream."""
     trained_on: list[str]
     """Content hashes of all pairs that the weights have seen, here or before they came here."""
+    halted: Tensor = field(init=False)
+    """[slots] bool on the host: slots that take a new row in the next step."""
+
+    def __post_init__(self) -> None:
+        self.halted = torch.ones(len(self.slots), dtype=torch.bool)
 
     @property
     def trm(self) -> TRM:
@@ -195,6 +200,7 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
         state.optimizer.v[name].copy_(moments[f"v.{name}"])
         state.average.shadow[name].copy_(shadow[name])
     _restore_slots(state, checkpoint)
+    state.halted = state.carry.halted.cpu()
     # With what the run began from, which may be gone.
     state.trained_on = sorted({*state.trained_on, *checkpoint.trained_on})
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 
 from hybrid.config import TrainingConfig
 from hybrid.context import RunContext
-from hybrid.dataset.stream import by_side
+from hybrid.dataset.stream import TOKENS, numbers_by_side
+from hybrid.device import to_device
 from hybrid.train.state import TrainState
 from hybrid.trm import Batch, act_loss, learning_rate, sign_sgd_
+from hybrid.trm.model import Slots
 
 Sums = dict[str, Tensor]
 
@@ -26,22 +29,23 @@ def train_step(
 ) -> Sums:
     """Advance the TRM by one step; returns this worker's sums for metrics.
 
-    `batch` has new rows for the slots that have halted, and for all slots the side of their canvas,
-    as `Feed.refill` makes it; rows on different canvases go through the model one after the other.
-    The order is the published one: count, forward, backward, puzzle table, weights, average. The
-    loss is summed over rows and divided by the *global* batch, gradients are summed over workers.
+    `batch` is what `Feed.refill` returns: new rows for the slots that have halted, and the canvas
+    side of every slot. Canvases of different sides, and micro-batches of `micro_batch_size` rows,
+    go through the model one after the other; gradients add up. The order is the published one:
+    count, forward, backward, puzzle table, weights, average. The loss is summed over rows and
+    divided by the *global* batch, gradients are summed over workers.
     """
     state.step += 1
     state.model.train()
     clear_gradients(state)
     draws = exploration(config.seed, state.step, config.batch_size, state.slots)
-    explore, least = draws.to(context.device)
+    explore, least = to_device(draws, context.device)
     ids = torch.zeros_like(batch["puzzle_identifiers"])
     row_grads = torch.zeros(len(ids), state.trm.config.puzzle_emb_ndim, device=context.device)
     loss = torch.zeros((), dtype=torch.float64, device=context.device)
     sums: Sums = {}
     parts = []
-    for slots, rows in by_side(batch):
+    for _, slots, rows in micro_batches(batch, config.micro_batch_size):
         carry, outputs = state.trm.act_step(
             state.carry.take(slots, rows["inputs"].shape[1]),
             rows,
@@ -57,10 +61,41 @@ def train_step(
         if outputs.puzzle_rows is not None and outputs.puzzle_rows.grad is not None:
             row_grads[slots] = outputs.puzzle_rows.grad
         parts.append((slots, carry))
+    after = state.carry.put(parts)
+    # Enqueued before the read in `move`, which thereby waits for both.
+    halted = after.halted.to("cpu", non_blocking=True)
     rates = dict.fromkeys(state.optimizer.parameters, config.lr)
     move(state, loss, ids, row_grads, rates, config, total_steps, context)
-    state.carry = state.carry.put(parts)
+    state.carry, state.halted = after, halted
     return sums
+
+
+def micro_batches(
+    batch: Batch, most: int | None
+) -> Iterator[tuple[list[int], Slots, dict[str, Tensor]]]:
+    """Split a batch by canvas side, and each side into parts of at most `most` rows.
+
+    Yields row numbers, the same as an index on the device, and the rows, token rows cut to the
+    canvas. `batch["side"]` is on the host, so the split waits for nothing. The index is a slice
+    where numbers are consecutive, which makes the rows views.
+    """
+    device = batch["inputs"].device
+    for side, numbers in numbers_by_side(batch["side"].tolist()).items():
+        size = most or len(numbers)
+        for first in range(0, len(numbers), size):
+            mine = numbers[first : first + size]
+            slots = _slots(tuple(mine), device)
+            rows = {name: value[slots] for name, value in batch.items() if name != "side"}
+            rows |= {name: value[:, : side**2] for name, value in rows.items() if name in TOKENS}
+            rows["side"] = torch.full((len(mine),), side, dtype=torch.int32, device=device)
+            yield mine, slots, rows
+
+
+@lru_cache(maxsize=256)
+def _slots(numbers: tuple[int, ...], device: torch.device) -> Slots:
+    if len(numbers) == numbers[-1] - numbers[0] + 1:
+        return slice(numbers[0], numbers[-1] + 1)
+    return to_device(torch.tensor(numbers), device)
 
 
 def add_up(sums: Sums, more: Sums) -> None:
@@ -70,7 +105,7 @@ def add_up(sums: Sums, more: Sums) -> None:
 
 
 def clear_gradients(state: TrainState) -> None:
-    """No parameter has a gradient."""
+    """Set every parameter's gradient to None."""
     for parameter in state.optimizer.parameters.values():
         parameter.grad = None
 
@@ -85,16 +120,21 @@ def move(
     total_steps: int,
     context: RunContext,
 ) -> None:
-    """What follows backward: sum over workers, refuse what is not finite, table, weights, average.
+    """Update table, weights and average from gradients, after a check that all are finite.
 
     `ids` [slots] and `row_grads` [slots, ndim]: puzzle identifiers and their rows' gradients.
-    `rates`: learning rate of each parameter before the schedule.
+    `rates`: learning rate of each parameter before the schedule. Raises Diverged.
     """
     parameters = state.optimizer.parameters.values()
     _sum_gradients(parameters, context)
     ids = context.gather(ids, config.batch_size)
     row_grads = context.gather(row_grads, config.batch_size)
-    _refuse_non_finite(state, loss, row_grads, ids, context)
+    if not read_flag(_all_finite(parameters, loss, row_grads, context)):
+        state.step -= 1
+        raise Diverged(
+            f"step {state.step + 1}: the loss or a gradient is not finite;"
+            f" puzzle identifiers of the batch: {sorted(set(ids.tolist()))}"
+        )
     if config.clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
 
@@ -125,6 +165,11 @@ def exploration(seed: int, step: int, batch_size: int, slots: range) -> Tensor:
     return torch.from_numpy(draws[:, slots.start : slots.stop])
 
 
+def read_flag(flag: Tensor) -> bool:
+    """Read a bool from the device: the one point of a step where the host waits for it."""
+    return bool(flag)
+
+
 def _sum_gradients(parameters: Iterable[Tensor], context: RunContext) -> None:
     """One flat all-reduce: a sum, because the loss is divided by the global batch already."""
     if context.world_size == 1:
@@ -136,18 +181,16 @@ def _sum_gradients(parameters: Iterable[Tensor], context: RunContext) -> None:
         grad.copy_(summed.view_as(grad))
 
 
-def _refuse_non_finite(
-    state: TrainState, loss: Tensor, row_grads: Tensor, ids: Tensor, context: RunContext
-) -> None:
-    """Raise Diverged on every worker if anything is not finite on one."""
-    sound = loss.detach().isfinite()
-    for parameter in state.optimizer.parameters.values():
-        assert parameter.grad is not None
-        sound = sound & parameter.grad.isfinite().all()
-    sound = sound & row_grads.isfinite().all()
-    if int(context.sum_((~sound).int())):
-        state.step -= 1
-        raise Diverged(
-            f"step {state.step + 1}: the loss or a gradient is not finite;"
-            f" puzzle identifiers of the batch: {sorted(set(ids.tolist()))}"
-        )
+def _all_finite(
+    parameters: Iterable[Tensor], loss: Tensor, row_grads: Tensor, context: RunContext
+) -> Tensor:
+    """Return a bool scalar: loss and gradients are finite on every worker.
+
+    A maximum norm is finite if and only if all of its tensor's numbers are.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if row_grads.numel():
+        grads.append(row_grads)
+    norms = torch.stack(torch._foreach_norm(grads, float("inf")))
+    sound = loss.detach().isfinite() & norms.isfinite().all()
+    return context.sum_((~sound).int()) == 0

@@ -27,8 +27,9 @@ Batch = Mapping[str, Tensor]
 """inputs [B, L], puzzle_identifiers [B] and, where there is an answer, labels [B, L]."""
 
 
-Slots = list[int] | slice
-"""Which slots; `slice(None)` for all."""
+Slots = list[int] | slice | Tensor
+"""Indices of slots; `slice(None)` for all. A tensor on the carry's device avoids a copy from the
+host, for which the host would wait."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,16 +146,16 @@ class TRM(nn.Module):
         self.puzzle_table.zero_()
 
     def fuse(self) -> None:
-        """Compute the blocks by compiled kernels from now on: norms, rotations and gates without
-        tensors in between. Numbers differ by rounding.
+        """Compile a cycle of the recursion with torch.compile; numbers change by rounding.
 
-        Once for each kind of gradient and for all sizes of batch and canvas, so that numbers do not
-        depend on which came first; kernels for one size alone are no faster (docs/log.md).
+        Compiles once per kind of gradient, for all batch and canvas sizes, so that numbers do not
+        depend on which size came first. Compiling a cycle instead of a block gains 5% at small
+        sizes; static shapes gain nothing on a CPU (docs/log.md).
         """
-        # Four kinds of gradient, batches of one row and of several: that is torch's limit already,
-        # and beyond it numbers would come from other kernels without a word.
+        # Kinds of gradient times batches of one row or several reach torch's limit of 8, beyond
+        # which it falls back to eager kernels with no more than a warning.
         torch._dynamo.config.recompile_limit = 64
-        self._blocks = torch.compile(self._blocks, dynamic=True)  # type: ignore[method-assign]
+        self._cycle = torch.compile(self._cycle, dynamic=True)  # type: ignore[method-assign]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -244,31 +245,33 @@ class TRM(nn.Module):
         return z_H, z_L, outputs
 
     def _recur(self, x: Tensor, z_H: Tensor, z_L: Tensor) -> tuple[Tensor, Tensor]:
-        """The recursion: the paper's deep recursion of T cycles, gradient in the last one only."""
+        """Run H_cycles cycles, the last one with gradient (the paper's deep recursion)."""
+        rotary = self._rotary_of(x.shape[1], x.device)
         for cycle in range(self.config.H_cycles):
             last = cycle == self.config.H_cycles - 1
             with nullcontext() if last else torch.no_grad():
-                z_H, z_L = self._cycle(x, z_H, z_L)
+                z_H, z_L = self._cycle(x, z_H, z_L, rotary)
         return z_H, z_L
 
     def _recur_through(
         self, x: Tensor, z_H: Tensor, z_L: Tensor, recompute: bool
     ) -> tuple[Tensor, Tensor]:
-        """The same numbers, gradient in every cycle."""
+        """Run the same cycles, all of them with gradient."""
+        rotary = self._rotary_of(x.shape[1], x.device)
         for _ in range(self.config.H_cycles):
             if recompute and torch.is_grad_enabled():
-                z_H, z_L = checkpoint(self._cycle, x, z_H, z_L, use_reentrant=False)
+                z_H, z_L = checkpoint(self._cycle, x, z_H, z_L, rotary, use_reentrant=False)
             else:
-                z_H, z_L = self._cycle(x, z_H, z_L)
+                z_H, z_L = self._cycle(x, z_H, z_L, rotary)
         return z_H, z_L
 
-    def _cycle(self, x: Tensor, z_H: Tensor, z_L: Tensor) -> tuple[Tensor, Tensor]:
+    def _cycle(
+        self, x: Tensor, z_H: Tensor, z_L: Tensor, rotary: Rotary | None
+    ) -> tuple[Tensor, Tensor]:
+        """Update z_L L_cycles times, then z_H once."""
         for _ in range(self.config.L_cycles):
-            z_L = self._net(z_L, z_H + x)
-        return self._net(z_H, z_L), z_L
-
-    def _net(self, h: Tensor, inject: Tensor) -> Tensor:
-        return self._blocks(h, inject, self._rotary_of(h.shape[1], h.device))
+            z_L = self._blocks(z_L, z_H + x, rotary)
+        return self._blocks(z_H, z_L, rotary), z_L
 
     def _blocks(self, h: Tensor, inject: Tensor, rotary: Rotary | None) -> Tensor:
         h = h + inject

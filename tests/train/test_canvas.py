@@ -15,7 +15,9 @@ from helpers import (
     assert_close,
     change_weights,
     config_of,
+    feed_of,
     metrics,
+    next_batch,
     tensors,
     undecided,
     write_tasks,
@@ -89,7 +91,7 @@ def state_of(config: Config, dataset: Dataset) -> tuple[TrainState, Feed]:
         state.trm.puzzle_table.normal_(generator=torch.Generator().manual_seed(5))
     stream = training_stream(config, dataset)
     rounds = CPU.rounds(stream, state.slots, config.training.batch_size, 0)
-    return state, Feed(rounds, 0, state.taken)
+    return state, feed_of(state, rounds)
 
 
 class Alone:
@@ -145,7 +147,7 @@ def test_twelve_steps_on_mixed_canvases_are_those_of_every_slot_alone(
     mixed, turned, uneven = 0, set(), 0
     before = torch.zeros(6, dtype=torch.int32)
     for number in range(1, STEPS + 1):
-        batch = feed.refill(state.carry)
+        batch = next_batch(feed, state)
         sides = batch["side"]
         mixed += len(set(sides.tolist())) == 2
         turned |= {
@@ -156,7 +158,7 @@ def test_twelve_steps_on_mixed_canvases_are_those_of_every_slot_alone(
         sums = train_step(state, batch, config.training, 100, CPU)
         for name, weight in state.trm.named_parameters():
             theirs = alone.model.get_parameter(name).grad
-            torch.testing.assert_close(weight.grad, theirs, rtol=1e-5, atol=1e-8, msg=name)
+            torch.testing.assert_close(weight.grad, theirs, rtol=1e-5, atol=5e-8, msg=name)
         torch.testing.assert_close(given[-1], torch.cat(expected["rows"]), rtol=1e-5, atol=1e-9)
         loss = float(sums["lm_loss"] + 0.5 * sums["q_halt_loss"])
         assert loss == pytest.approx(expected["loss"], rel=1e-6)
@@ -174,7 +176,36 @@ def test_twelve_steps_on_mixed_canvases_are_those_of_every_slot_alone(
                 assert not kept[side**2 :].any(), name
         assert torch.equal(state.carry.current["side"], sides)
     assert mixed > STEPS // 2 and uneven > 3, "the rows were all alike: nothing was tried"
-    assert turned == {(11, 11), (11, 12), (12, 11), (12, 12)}, "no slot changed its canvas"
+    assert turned == {(11, 11), (12, 12)}, "a slot changed its canvas"
+
+
+@pytest.mark.parametrize("canvas", ["full", "bucketed"])
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_micro_batches_add_up_to_the_undivided_step(root: Path, canvas: str, micro: int) -> None:
+    """Gradients, sums for metrics, table, weights and carry, over steps whose rows halt apart.
+
+    The forward pass is float64, so that no row halts elsewhere because of rounding.
+    """
+    config = config_on(root, canvas, "none", trm=EXACT)
+    divided = replace(config.training, micro_batch_size=micro)
+    dataset = Dataset.open(root / canvas)
+    (one, feed), (other, other_feed) = (state_of(config, dataset) for _ in range(2))
+    halted = set()
+    for _ in range(6):
+        sums = train_step(one, next_batch(feed, one), config.training, 100, CPU)
+        parts = train_step(other, next_batch(other_feed, other), divided, 100, CPU)
+        for name, value in sums.items():
+            torch.testing.assert_close(parts[name], value, rtol=1e-6, atol=1e-9, msg=name)
+        for name, weight in one.trm.named_parameters():
+            found = other.trm.get_parameter(name)
+            torch.testing.assert_close(found.grad, weight.grad, rtol=1e-5, atol=5e-8, msg=name)
+            found.data.copy_(weight)  # AdamAtan2's sign-like steps amplify rounding
+        assert torch.equal(other.trm.puzzle_table, one.trm.puzzle_table)
+        for name, value in one.carry.tensors().items():
+            torch.testing.assert_close(other.carry.tensors()[name], value, rtol=1e-9, atol=1e-9)
+        assert torch.equal(one.halted, other.halted)
+        halted |= set(one.halted.tolist())
+    assert halted == {True, False}, "rows halted all together: nothing was tried"
 
 
 def test_labels_beyond_a_canvas_are_no_labels(root: Path) -> None:
@@ -184,7 +215,7 @@ def test_labels_beyond_a_canvas_are_no_labels(root: Path) -> None:
     for garbage in (0, 7):
         state, feed = state_of(config, Dataset.open(root / "bucketed"))
         for _ in range(4):
-            batch = {name: value.clone() for name, value in feed.refill(state.carry).items()}
+            batch = {name: value.clone() for name, value in next_batch(feed, state).items()}
             for n, side in enumerate(batch["side"].tolist()):
                 batch["inputs"][n, side**2 :] = garbage
                 batch["labels"][n, side**2 :] = garbage

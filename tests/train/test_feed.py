@@ -38,6 +38,7 @@ class Rounds:
             "inputs": np.stack([slots, np.full(SLOTS, number)], axis=1).astype(np.uint8),
             "labels": np.tile(np.array([0, 5], np.uint8), (SLOTS, 1)),
             "puzzle_identifiers": (1000 * number + slots).astype(np.int32),
+            "side": np.array([number % 7] * SLOTS, np.uint8),
         }
 
 
@@ -51,7 +52,22 @@ def carry_of(current: dict[str, Tensor], halted: list[bool]) -> Carry:
 def empty() -> dict[str, Tensor]:
     tokens = torch.zeros(SLOTS, 2, dtype=torch.int32)
     identifiers = torch.zeros(SLOTS, dtype=torch.int32)
-    return {"inputs": tokens, "labels": tokens.clone(), "puzzle_identifiers": identifiers}
+    return {
+        "inputs": tokens,
+        "labels": tokens.clone(),
+        "puzzle_identifiers": identifiers,
+        "side": identifiers.clone(),
+    }
+
+
+def feed_of(rounds: Iterator[Rows], first: int = 0, taken: Tensor | None = None) -> Feed:
+    if taken is None:
+        taken = torch.zeros(SLOTS, dtype=torch.int64)
+    return Feed(rounds, first, taken, empty()["side"])
+
+
+def refill(feed: Feed, current: dict[str, Tensor], halted: list[bool]) -> dict[str, Tensor]:
+    return feed.refill(carry_of(current, halted), torch.tensor(halted))
 
 
 @settings(deadline=None, max_examples=60)
@@ -60,17 +76,18 @@ def test_halted_slots_take_their_next_row_whatever_the_others_do(
     pattern: Halting, interruption: int
 ) -> None:
     """Against counting by hand; the run is interrupted once and resumed from `taken`."""
-    feed = Feed(Rounds(), 0, torch.zeros(SLOTS, dtype=torch.int64))
+    feed = feed_of(Rounds())
     current, expected = empty(), [0] * SLOTS  # rows taken, by slot
     for step, halted in enumerate([[True] * SLOTS, *pattern]):
         if step == interruption:
             first = int(feed.taken.min())
-            feed = Feed(Rounds(first), first, feed.taken.clone())
+            feed = Feed(Rounds(first), first, feed.taken.clone(), current["side"])
         before = {name: value.clone() for name, value in current.items()}
-        batch = feed.refill(carry_of(current, halted))
+        batch = refill(feed, current, halted)
         expected = [n + h for n, h in zip(expected, halted, strict=True)]
         assert feed.taken.tolist() == expected
         assert batch["inputs"].tolist() == [[slot, expected[slot] - 1] for slot in range(SLOTS)]
+        assert batch["side"].tolist() == [(n - 1) % 7 for n in expected]
         for name, value in batch.items():
             assert value.dtype == torch.int32
             assert torch.equal(current[name], before[name]), "the carry's own rows were changed"
@@ -81,18 +98,18 @@ def test_halted_slots_take_their_next_row_whatever_the_others_do(
 @given(halting)
 def test_no_more_rounds_are_held_than_slots_are_apart(pattern: Halting) -> None:
     rounds = Rounds()
-    feed = Feed(rounds, 0, torch.zeros(SLOTS, dtype=torch.int64))
+    feed = feed_of(rounds)
     current = empty()
     for halted in [[True] * SLOTS, *pattern]:
-        current = feed.refill(carry_of(current, halted))
+        current = refill(feed, current, halted)
         fastest, slowest = int(feed.taken.max()), int(feed.taken.min())
         assert len(feed.held) == fastest - slowest
         assert rounds.next == fastest, "rounds were made that nobody has asked for"
 
 
 def test_padding_is_not_a_label() -> None:
-    feed = Feed(Rounds(), 0, torch.zeros(SLOTS, dtype=torch.int64))
-    batch = feed.refill(carry_of(empty(), [True] * SLOTS))
+    feed = feed_of(Rounds())
+    batch = refill(feed, empty(), [True] * SLOTS)
     assert batch["labels"].tolist() == [[IGNORE, 5]] * SLOTS
 
 
@@ -102,10 +119,10 @@ def test_a_row_without_labels_is_never_handed_out() -> None:
             rows["labels"][2] = 0
             yield rows
 
-    feed = Feed(silent(), 0, torch.zeros(SLOTS, dtype=torch.int64))
-    feed.refill(carry_of(empty(), [True, True, False, True]))
+    feed = feed_of(silent())
+    refill(feed, empty(), [True, True, False, True])
     with pytest.raises(AssertionError, match="a training row without labels"):
-        feed.refill(carry_of(empty(), [False, False, True, False]))
+        refill(feed, empty(), [False, False, True, False])
 
 
 def test_it_says_how_long_it_has_waited_for_rounds() -> None:
@@ -114,11 +131,10 @@ def test_it_says_how_long_it_has_waited_for_rounds() -> None:
             time.sleep(0.05)
             return super().__next__()
 
-    feed = Feed(Slow(), 0, torch.zeros(SLOTS, dtype=torch.int64))
-    carry = carry_of(empty(), [True] * SLOTS)
+    feed = feed_of(Slow())
     for rounds in (1, 2):
-        feed.refill(carry)
+        refill(feed, empty(), [True] * SLOTS)
         assert feed.waited >= 0.05 * rounds
     waited = feed.waited
-    feed.refill(carry_of(empty(), [False] * SLOTS))
+    refill(feed, empty(), [False] * SLOTS)
     assert feed.waited == waited, "nothing was taken"

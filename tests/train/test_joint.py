@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import metrics, tensors
+from helpers import feed_of, metrics, next_batch, tensors
 from torch import Tensor
 
 from hybrid.adapters import TextToLatentAdapter
@@ -22,7 +22,6 @@ from hybrid.dataset import Dataset
 from hybrid.llm import Prompt, Reader
 from hybrid.solver import read_out
 from hybrid.train import Joint, Result, estimate, joint
-from hybrid.train.feed import Feed
 from hybrid.train.joint import latent_variance
 from hybrid.train.loop import train
 from hybrid.train.plan import training_stream
@@ -96,10 +95,10 @@ def drive(config: Config, slots: range, steps: int) -> Listening:
     learner = Listening(config, dataset, CPU, slots)
     stream = training_stream(config, dataset)
     rounds = CPU.rounds(stream, slots, config.training.batch_size, 0)
-    feed = Feed(rounds, 0, learner.state.taken)
+    feed = feed_of(learner.state, rounds)
     learner.start()
     for _ in range(steps):
-        learner.step(feed.refill(learner.state.carry), steps)
+        learner.step(next_batch(feed, learner.state), steps)
     return learner
 
 
@@ -251,9 +250,9 @@ def test_every_row_gets_a_gradient_through_the_language_model_at_every_attempt(
     learner.solver.to_latent.register_forward_hook(keep)
     dataset = Dataset.open(learner.config.data_folder)
     stream = training_stream(learner.config, dataset)
-    feed = Feed(CPU.rounds(stream, SIX, 6, 2), 2, learner.state.taken)
+    feed = feed_of(learner.state, CPU.rounds(stream, SIX, 6, 2), 2)
     for _ in range(2):
-        learner.step(feed.refill(learner.state.carry), 4)
+        learner.step(next_batch(feed, learner.state), 4)
     assert len(hidden) == 2 * 3 and len(latents) == 2 * 3 * 3
     for value in (*latents, *hidden):
         assert value.grad is not None

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close, hybrid_of, undecided, write_tasks
+from helpers import assert_close, feed_of, hybrid_of, next_batch, undecided, write_tasks
 from torch import Tensor
 
 from hybrid.adapters import AdapterConfig, TextToLatentAdapter
@@ -20,7 +20,6 @@ from hybrid.context import LocalContext
 from hybrid.dataset import Dataset, prepare
 from hybrid.solver import attempts
 from hybrid.train import Joint, joint
-from hybrid.train.feed import Feed
 from hybrid.train.plan import training_stream
 from hybrid.trm import act_loss
 
@@ -69,8 +68,22 @@ def learner_of(config: Config) -> tuple[Joint, dict[str, Tensor]]:
         learner.state.trm.puzzle_table.normal_(generator=draw)
     learner.start()
     stream = training_stream(config, Dataset.open(config.data_folder))
-    feed = Feed(CPU.rounds(stream, SIX, 6, 0), 0, learner.state.taken)
-    return learner, feed.refill(learner.state.carry)
+    feed = feed_of(learner.state, CPU.rounds(stream, SIX, 6, 0))
+    return learner, next_batch(feed, learner.state)
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_micro_batches_add_up_to_the_undivided_joint_step(root: Path, micro: int) -> None:
+    config = config_on(root, "none", feedback={"source": "confidence", "threshold": 0.5})
+    divided = replace(config, training=replace(config.training, micro_batch_size=micro))
+    (one, batch), (other, same) = learner_of(config), learner_of(divided)
+    sums, parts = one.step(batch, 100), other.step(same, 100)
+    for name in sums.keys() - {"latent_variance", "compared"}:  # between the rows of a micro-batch
+        torch.testing.assert_close(parts[name].double(), sums[name].double(), rtol=1e-5, atol=1e-8)
+    for name, weight in one.state.model.named_parameters():
+        found = other.state.model.get_parameter(name)
+        scale = float(weight.grad.abs().max()) if weight.grad is not None else 0.0
+        torch.testing.assert_close(found.grad, weight.grad, rtol=1e-4, atol=1e-5 * scale, msg=name)
 
 
 @pytest.mark.parametrize("source", ["confidence", "oracle"])
@@ -87,7 +100,7 @@ def test_a_step_on_mixed_canvases_is_the_sum_of_its_rows_alone(
     for name, value in learner.solver.state_dict().items():
         assert torch.equal(value, alone.solver.state_dict()[name]), name
     assert all(torch.equal(value, same[name]) for name, value in batch.items())
-    assert batch["side"].tolist() == [12, 12, 12, 11, 11, 11]
+    assert batch["side"].tolist() == [11, 12, 11, 12, 11, 12]
     given: list[Tensor] = []
     monkeypatch.setattr(
         "hybrid.train.step.sign_sgd_", lambda table, ids, grads, **keys: given.append(grads.clone())
@@ -98,7 +111,9 @@ def test_a_step_on_mixed_canvases_is_the_sum_of_its_rows_alone(
     alone.solver.train()
     least = alone._least().tolist()
     assert alone.reader is not None
-    problems = alone.stream.problems(np.array(SIX))
+    problems = alone.stream.problems(
+        alone.stream.positions(np.zeros(6, np.int64), np.array(SIX), 6)
+    )
     rows, made, loss = [], 0, 0.0
     for n, side in enumerate(batch["side"].tolist()):
         row = {name: value[n : n + 1] for name, value in batch.items()}

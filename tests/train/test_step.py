@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from golden.extract import unpack
+from helpers import feed_of, next_batch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -78,28 +80,50 @@ def state_of(model: TRM, config: TrainingConfig, batch: dict[str, Tensor]) -> Tr
     )
 
 
-def test_a_gpu_is_asked_for_nothing_but_sides_and_whether_all_is_finite(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Whatever else a step read back, the host would wait for. Meta tensors have no values to read,
-    so reading one is an error, and so is a tensor left on the CPU.
+@pytest.mark.parametrize("micro", [None, 3])
+def test_a_step_reads_the_device_once(monkeypatch: pytest.MonkeyPatch, micro: int | None) -> None:
+    """The host waits for the device at every read. Meta tensors have no values, so reading one is
+    an error, and so is mixing them with tensors left on the CPU. Rows are on two canvases.
     """
-    monkeypatch.setattr(step, "by_side", lambda rows: [(slice(None), rows)])
-    monkeypatch.setattr(step, "_refuse_non_finite", lambda *_: None)
+    monkeypatch.setattr(step, "read_flag", lambda flag: flag.is_meta)
+    monkeypatch.setattr(Tensor, "to", to_anywhere)
     meta = LocalContext(torch.device("meta"))
     sizes = {"hidden_size": 16, "num_heads": 2, "puzzle_emb_ndim": 16, "halt_max_steps": 3}
     trm = TRM(TRMConfig(seq_len=9, num_puzzle_identifiers=5, puzzle_emb_len=1, **sizes))
     tokens = torch.zeros(4, 9, dtype=torch.int32, device="meta")
     rows = torch.zeros(4, dtype=torch.int32, device="meta")
     batch = {"inputs": tokens, "labels": tokens, "puzzle_identifiers": rows, "side": rows}
-    config = TrainingConfig(batch_size=4)
+    config = TrainingConfig(batch_size=4, micro_batch_size=micro)
     state = state_of(trm.to("meta"), config, batch)
+    feed = Feed(iter(blank_rounds()), 0, state.taken, torch.zeros(4, dtype=torch.int32))
     for _ in range(2):
-        sums = train_step(state, batch, config, 9, meta)
+        sums = train_step(state, next_batch(feed, state), config, 9, meta)
     assert state.step == 2 and state.carry.halted.is_meta
     assert all(value.is_meta for value in sums.values())
     with pytest.raises(NotImplementedError):
         torch.unique(rows)
+
+
+def blank_rounds() -> Iterator[dict[str, Any]]:
+    tokens = np.ones((4, 9), np.uint8)
+    while True:
+        yield {
+            "inputs": tokens,
+            "labels": tokens,
+            "puzzle_identifiers": np.zeros(4, np.int32),
+            "side": np.array([3, 2, 3, 2], np.uint8),
+        }
+
+
+PLAIN_TO = Tensor.to
+
+
+def to_anywhere(tensor: Tensor, *args: Any, **keys: Any) -> Tensor:
+    """Tensor.to, except that a meta tensor copied to the host without waiting becomes zeros."""
+    if tensor.is_meta and "cpu" in args:
+        assert keys == {"non_blocking": True}, "the host waits for this copy"
+        return torch.ones(tensor.shape, dtype=tensor.dtype)
+    return PLAIN_TO(tensor, *args, **keys)
 
 
 @pytest.fixture
@@ -109,7 +133,11 @@ def state(begun: Path, going_on: GoingOn) -> tuple[TrainState, dict[str, Tensor]
     dataset = Dataset.open(config.data_folder)
     state = fresh(config, dataset, range(6), CPU.device)
     rounds = CPU.rounds(Stream(dataset, 0), range(6), 6, 0)
-    return state, Feed(rounds, 0, state.taken).refill(state.carry), config
+    return (
+        state,
+        next_batch(feed_of(state, rounds), state),
+        config,
+    )
 
 
 def nowhere(grad: Tensor) -> Tensor:
