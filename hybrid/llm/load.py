@@ -233,11 +233,14 @@ def _shape(config: Any) -> Shape:
     head = getattr(config, "head_dim", None) or D // config.num_attention_heads
     kv, q = head * config.num_key_value_heads, head * config.num_attention_heads
     per_layer = 2 * D * q + 2 * D * kv + 3 * D * inner + 2 * D
-    vocabulary = config.vocab_size * D * (1 if config.tie_word_embeddings else 2)
+    embeddings = config.vocab_size * D
+    head = 0 if config.tie_word_embeddings else embeddings
     return Shape(
-        parameters=layers * per_layer + vocabulary + D,
+        parameters=layers * per_layer + embeddings + head + D,
+        head=head,
         layers=layers,
         hidden_size=D,
+        inner_size=inner,
         kv_width=kv,
         query_groups=q // kv,
     )
