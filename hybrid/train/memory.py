@@ -139,7 +139,10 @@ def _reading(worker: Worker, shape: Shape) -> int:
     before = llama.prefix == "problem"
     new = _attempt_tokens(config) + (llama.max_prompt_tokens if before else 0)
     seen = new if before else new + llama.max_prompt_tokens
-    layer = new * layer_bytes(shape, width, seen, learns=learns, masked=True)
+    layer, gradients = (
+        new * layer_bytes(shape, width, seen, learns=learns, masked=masked)
+        for masked in (True, False)
+    )
     # The last norm, the mask that all layers share.
     once = new * (4 + 2 * width) * shape.hidden_size + new * seen
     # Keys and values behind the remembered ones, and their gradients.
@@ -147,7 +150,7 @@ def _reading(worker: Worker, shape: Shape) -> int:
     casts = width * (shape.parameters - shape.head) if learns and width < 4 else 0
     if config.training.recompute:
         inputs = shape.layers * new * shape.hidden_size * width
-        one = 2 * (layer + appended)
+        one = layer + gradients + 2 * appended
         return worker.micro * (window * (inputs + once) + one) + casts // shape.layers
     every = shape.layers * (layer + appended) + once
     return window * (worker.micro * every + casts)

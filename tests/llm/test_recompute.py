@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -89,6 +91,27 @@ def test_backward_keeps_one_input_a_layer(prefix: str) -> None:
     # Beside the inputs: the last norm and the mask.
     assert inputs <= again < 2 * inputs + positions * 500
     assert kept > 8 * again
+
+
+def peak(run: Callable[[], object]) -> int:
+    """Most bytes that `run` had allocated at any time."""
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        run()
+    events = profiler.profiler.kineto_results.events()
+    changes = [event for event in events if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in changes))
+
+
+@pytest.mark.parametrize("prefix", ["attempt", "problem"])
+def test_backward_needs_one_layer_at_a_time(prefix: str) -> None:
+    """Where the decoder is recomputed as a whole, its peak is that of keeping everything."""
+    backbone = deep(prefix=prefix)
+    encoding = backbone.encode(problems(400))
+    kept, again = (
+        peak(partial(read, backbone, encoding, recompute)) for recompute in (False, True)
+    )
+    assert again < kept / 2.5
 
 
 def test_a_problem_that_is_learned_from_keeps_one_input_a_layer_and_its_cache() -> None:
