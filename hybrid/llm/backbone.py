@@ -235,7 +235,7 @@ class Backbone:
     def _attempt(
         self, encoding: Encoding, latent: Tensor, texts: Sequence[Tokens]
     ) -> tuple[Encoding | None, Tensor, Tensor]:
-        """The remembered problem, if attempts stand behind it; what is read now and its mask."""
+        """Past of an attempt, None with prefix=problem; its embedded positions and their mask."""
         ids, mask = left_padded(texts, TEXT_MULTIPLE, self.device)
         if self.config.prefix == "problem":
             return None, *self._embed(latent, ids, mask, (encoding.tokens, encoding.mask))

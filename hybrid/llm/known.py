@@ -39,6 +39,7 @@ _VOCABULARY = 128_256
 def _llama(parameters: int, layers: int, hidden: int, inner: int, kv: int, groups: int) -> Shape:
     return Shape(
         parameters=parameters,
+        # The 1B and 3B models share it with the token embeddings.
         head=0 if parameters < 8e9 else _VOCABULARY * hidden,
         layers=layers,
         hidden_size=hidden,
