@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from hybrid.llm.config import LlamaConfig
+from hybrid.llm.padding import PROBLEM_MULTIPLE, TEXT_MULTIPLE, left_padded, padded_length
+from hybrid.llm.recompute import layers_recomputed, read_only_cache, recording_cache
 
 Tokens = Sequence[int]
 
@@ -51,7 +53,8 @@ class Encoding:
     @staticmethod
     def join(parts: Sequence[Encoding], order: Sequence[int] | None = None) -> Encoding:
         """Several batches as one, padded to the longest problem; row n is their row order[n]."""
-        length = max(part.tokens.shape[1] for part in parts)
+        longest = max(part.tokens.shape[1] for part in parts)
+        length = padded_length(longest, PROBLEM_MULTIPLE, parts[0].tokens.device)
 
         def pad(tensor: Tensor, axis: int) -> Tensor:
             missing = length - tensor.shape[axis]
@@ -81,7 +84,14 @@ class Backbone:
     Not an nn.Module on purpose: whoever holds one does not get its weights into his state dict.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, config: LlamaConfig, revision: str) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        config: LlamaConfig,
+        revision: str,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.config = config
         self.model = model
         """The causal language model; `model.model` is the decoder."""
@@ -91,7 +101,10 @@ class Backbone:
         model.requires_grad_(not config.frozen)
         weight = model.get_input_embeddings().weight
         self.hidden_size = int(weight.shape[1])
-        self.dtype: torch.dtype = weight.dtype
+        self.dtype: torch.dtype = dtype or weight.dtype
+        """The dtype of the forward pass; the weights may be wider."""
+        self._casts = self.dtype != weight.dtype
+        self._dropped: dict[str, bytes] = {}
         self.device: torch.device = weight.device
         self.embedding_scale = float(weight.detach().float().square().mean().sqrt())
         """Root mean square of a token embedding's numbers."""
@@ -112,13 +125,25 @@ class Backbone:
         The rope's frequencies, which stand in the config, are among the model's buffers.
         Numbers are rounded to bfloat16 first, so that the dtype it computes in does not count.
         """
-        digest = hashlib.sha256()
         tensors = self.model.state_dict() | dict(self.model.named_buffers())
-        for name, value in sorted(tensors.items()):
-            flat = value.detach().flatten()
-            picked = flat[:: max(1, len(flat) // 64)][:64].to(torch.bfloat16).float()
-            digest.update(f"{name} {list(value.shape)}".encode() + picked.cpu().numpy().tobytes())
+        samples = {name: _sample(name, value) for name, value in tensors.items()} | self._dropped
+        digest = hashlib.sha256()
+        for _, sample in sorted(samples.items()):
+            digest.update(sample)
         return digest.hexdigest()
+
+    def drop_head(self) -> None:
+        """Free the output head, unless it shares the token embeddings; `generate` needs it.
+
+        The fingerprint keeps the head's share.
+        """
+        head = self.model.get_output_embeddings()
+        if head.weight is self.model.get_input_embeddings().weight:
+            return
+        [name] = [name for name, module in self.model.named_modules() if module is head]
+        for part, value in head.state_dict(prefix=f"{name}.").items():
+            self._dropped[part] = _sample(part, value)
+        setattr(self.model, name, None)
 
     def tokens(self, text: str) -> list[int]:
         """Token ids of a piece of the conversation; names of special tokens are those tokens."""
@@ -151,23 +176,14 @@ class Backbone:
     ) -> Tensor:
         """[B, hidden] float32 at least: the last hidden state behind [problem][latent][text].
 
-        `latent` [B, k, hidden]; gradient flows into it. With `recompute` the activations are made
-        again for backward instead of kept.
+        `latent` [B, k, hidden]; gradient flows into it. With `recompute` backward computes each
+        layer again and keeps its input alone.
         """
-        ids, mask = self._left_padded(texts)
-        front = (encoding.tokens, encoding.mask) if self.config.prefix == "problem" else None
-        embedded, mask = self._embed(latent, ids, mask, front)
-        past = None if front else encoding
-
-        def run(embedded: Tensor) -> Tensor:
-            return self._forward(embedded, mask, past)[0][:, -1]
-
-        if recompute and torch.is_grad_enabled():
-            # No dropout anywhere: there is no generator state to keep.
-            last = checkpoint(run, embedded, use_reentrant=False, preserve_rng_state=False)
-        else:
-            last = run(embedded)
-        assert isinstance(last, Tensor)
+        past, embedded, mask = self._attempt(encoding, latent, texts)
+        layers = past.layers if past else [None] * len(self.model.model.layers)
+        with self._autocast():
+            hidden, _ = self._forward(embedded, mask, past, read_only_cache(layers), recompute)
+        last = hidden[:, -1]
         return last.to(torch.promote_types(last.dtype, torch.float32))
 
     @torch.no_grad()
@@ -175,17 +191,23 @@ class Backbone:
         self, encoding: Encoding, latent: Tensor, texts: Sequence[Tokens], most: int
     ) -> list[list[int]]:
         """Greedy continuations of up to `most` tokens, all rows at once, each to its end token."""
-        ids, mask = self._left_padded(texts)
-        front = (encoding.tokens, encoding.mask) if self.config.prefix == "problem" else None
-        embedded, mask = self._embed(latent, ids, mask, front)
-        embed = self.model.get_input_embeddings()
+        past, embedded, mask = self._attempt(encoding, latent, texts)
+        cache = DynamicCache(past.layers) if past else DynamicCache()
+        # Casts are kept from token to token: each token uses every weight again.
+        with self._autocast(keep_casts=True):
+            hidden, seen = self._forward(embedded, mask, past, cache)
+            return self._continue(hidden[:, -1], seen, cache, most)
+
+    def _continue(
+        self, last: Tensor, seen: Tensor, cache: DynamicCache, most: int
+    ) -> list[list[int]]:
+        """Tokens that follow the hidden states `last` [B, hidden], greedily."""
+        embed, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         ends = self._end_tokens()
-        past = None if front else encoding
-        hidden, cache, seen = self._forward(embedded, mask, past)
-        written: list[list[int]] = [[] for _ in texts]
-        going = torch.ones(len(texts), dtype=torch.bool, device=self.device)
+        written: list[list[int]] = [[] for _ in last]
+        going = torch.ones(len(last), dtype=torch.bool, device=self.device)
         for _ in range(most):
-            token = self.model.get_output_embeddings()(hidden[:, -1]).argmax(-1)
+            token = head(last).argmax(-1)
             going = going & ~torch.isin(token, ends)
             for row in going.nonzero().flatten().tolist():
                 written[row].append(int(token[row]))
@@ -193,19 +215,31 @@ class Backbone:
                 break
             seen = torch.cat((seen, going[:, None]), dim=1)
             position = seen.sum(-1, keepdim=True) - 1
-            decoder = self.model.model
-            hidden = decoder(None, seen.long(), position, cache, embed(token[:, None]))[0]
+            embedded = embed(token[:, None]).to(self.dtype)
+            last = self.model.model(None, seen.long(), position, cache, embedded)[0][:, -1]
         return written
 
     def _encode(self, problems: Sequence[Tokens]) -> Encoding:
-        ids, mask = self._left_padded(problems)
+        ids, mask = left_padded(problems, PROBLEM_MULTIPLE, self.device)
         if self.config.prefix == "problem":
             return Encoding(tokens=ids, mask=mask, layers=())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.frozen):
-            embedded = self.model.get_input_embeddings()(ids)
-            _, cache, _ = self._forward(embedded, mask, None)
+        learns = torch.is_grad_enabled() and not self.config.frozen
+        # With gradient always recomputed: activations of a whole prompt are gigabytes.
+        cache = recording_cache(len(self.model.model.layers)) if learns else DynamicCache()
+        with torch.set_grad_enabled(learns), self._autocast():
+            embedded = self.model.get_input_embeddings()(ids).to(self.dtype)
+            self._forward(embedded, mask, None, cache, recompute=True)
         layers = tuple((layer.keys, layer.values) for layer in cache.layers)
         return Encoding(tokens=ids, mask=mask, layers=layers)
+
+    def _attempt(
+        self, encoding: Encoding, latent: Tensor, texts: Sequence[Tokens]
+    ) -> tuple[Encoding | None, Tensor, Tensor]:
+        """Past of an attempt, None with prefix=problem; its embedded positions and their mask."""
+        ids, mask = left_padded(texts, TEXT_MULTIPLE, self.device)
+        if self.config.prefix == "problem":
+            return None, *self._embed(latent, ids, mask, (encoding.tokens, encoding.mask))
+        return encoding, *self._embed(latent, ids, mask, None)
 
     def _embed(
         self, latent: Tensor, ids: Tensor, mask: Tensor, front: tuple[Tensor, Tensor] | None
@@ -214,30 +248,38 @@ class Backbone:
         embed = self.model.get_input_embeddings()
         parts, masks = [latent.to(self.dtype)], [mask.new_ones(latent.shape[:2])]
         for part, part_mask in (*((front,) if front else ()), (ids, mask)):
-            parts.append(embed(part))
+            parts.append(embed(part).to(self.dtype))
             masks.append(part_mask)
         return torch.cat(parts, dim=1), torch.cat(masks, dim=1)
 
     def _forward(
-        self, embedded: Tensor, mask: Tensor, past: Encoding | None
-    ) -> tuple[Tensor, DynamicCache, Tensor]:
-        """Hidden states of the new positions, the cache with them in it, the mask of both."""
-        cache = DynamicCache(past.layers) if past and past.layers else DynamicCache()
+        self,
+        embedded: Tensor,
+        mask: Tensor,
+        past: Encoding | None,
+        cache: Any,
+        recompute: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states of the new positions, the mask of them and of the past.
+
+        `recompute` needs a cache that can be updated again.
+        """
         seen = torch.cat((past.mask, mask), dim=1) if past else mask
         positions = (seen.long().cumsum(-1) - 1).clamp_min(0)[:, -embedded.shape[1] :]
-        # By position: transformers is renaming the argument that takes the cache.
-        hidden = self.model.model(None, seen.long(), positions, cache, embedded)[0]
-        return hidden, cache, seen
+        decoder = self.model.model
+        again = recompute and torch.is_grad_enabled()
+        with layers_recomputed(decoder) if again else nullcontext():
+            # By position: transformers is renaming the argument that takes the cache.
+            return decoder(None, seen.long(), positions, cache, embedded)[0], seen
 
-    def _left_padded(self, rows: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
-        assert all(rows), "a row without tokens: its last position would be padding"
-        length = max(len(row) for row in rows)
-        ids = torch.zeros(len(rows), length, dtype=torch.long)
-        mask = torch.zeros(len(rows), length, dtype=torch.bool)
-        for number, row in enumerate(rows):
-            ids[number, -len(row) :] = torch.tensor(list(row))
-            mask[number, -len(row) :] = True
-        return ids.to(self.device), mask.to(self.device)
+    def _autocast(self, keep_casts: bool = False) -> AbstractContextManager[Any]:
+        """Compute in `dtype` where the weights are wider.
+
+        Casts are not kept by default: those of all weights together are as large as a model.
+        """
+        if not self._casts:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype, cache_enabled=keep_casts)
 
     def _end_tokens(self) -> Tensor:
         ends = self.model.generation_config.eos_token_id
@@ -255,3 +297,10 @@ def _turn(tokenizer: Any) -> tuple[str, str]:
     text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     head, _, tail = text.partition(mark)
     return head, tail
+
+
+def _sample(name: str, value: Tensor) -> bytes:
+    """A tensor's share of the fingerprint."""
+    flat = value.detach().flatten()
+    picked = flat[:: max(1, len(flat) // 64)][:64].to(torch.bfloat16).float()
+    return f"{name} {list(value.shape)}".encode() + picked.cpu().numpy().tobytes()

@@ -18,7 +18,8 @@ class LlamaConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     frozen: bool = True
-    """False fine-tunes it at the rate `lr`; its weights are then in the checkpoint."""
+    """False fine-tunes it at the rate `lr`; its weights are then float32, whatever `dtype` it
+    computes in, and part of the checkpoint."""
     lr: float = 1e-5
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """auto is bfloat16 on a GPU and float32 on a CPU."""

@@ -9,11 +9,16 @@ from difflib import get_close_matches
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What memory and compute of a decoder depend on."""
+    """Sizes of a decoder that its memory depends on."""
 
     parameters: int
+    """All of them, the output head included."""
+    head: int = 0
+    """Parameters of the output head; 0 where it shares the token embeddings."""
     layers: int
     hidden_size: int
+    inner_size: int
+    """Width inside a layer's MLP."""
     kv_width: int
     """Key-value heads times head size."""
     query_groups: int
@@ -28,13 +33,27 @@ class Shape:
         return f"{self.parameters:,} ({self.layers} layers of {self.hidden_size})"
 
 
-_1B = Shape(parameters=1_235_814_400, layers=16, hidden_size=2048, kv_width=512, query_groups=4)
-_3B = Shape(parameters=3_212_749_824, layers=28, hidden_size=3072, kv_width=1024, query_groups=3)
-_8B = Shape(parameters=8_030_261_248, layers=32, hidden_size=4096, kv_width=1024, query_groups=4)
-_70B = Shape(parameters=70_553_706_496, layers=80, hidden_size=8192, kv_width=1024, query_groups=8)
-_405B = Shape(
-    parameters=405_853_388_800, layers=126, hidden_size=16384, kv_width=1024, query_groups=16
-)
+_VOCABULARY = 128_256
+
+
+def _llama(parameters: int, layers: int, hidden: int, inner: int, kv: int, groups: int) -> Shape:
+    return Shape(
+        parameters=parameters,
+        # The 1B and 3B models share it with the token embeddings.
+        head=0 if parameters < 8e9 else _VOCABULARY * hidden,
+        layers=layers,
+        hidden_size=hidden,
+        inner_size=inner,
+        kv_width=kv,
+        query_groups=groups,
+    )
+
+
+_1B = _llama(1_235_814_400, 16, 2048, 8192, 512, 4)
+_3B = _llama(3_212_749_824, 28, 3072, 8192, 1024, 3)
+_8B = _llama(8_030_261_248, 32, 4096, 14336, 1024, 4)
+_70B = _llama(70_553_706_496, 80, 8192, 28672, 1024, 8)
+_405B = _llama(405_853_388_800, 126, 16384, 53248, 1024, 16)
 SHAPES = {
     f"meta-llama/{name}{suffix}": shape
     for name, shape in {
@@ -49,7 +68,12 @@ SHAPES = {
 """From the models' own config files."""
 SHAPES["meta-llama/Llama-3.3-70B-Instruct"] = _70B
 SHAPES["smollm2-135m"] = Shape(
-    parameters=134_515_008, layers=30, hidden_size=576, kv_width=192, query_groups=3
+    parameters=134_515_008,
+    layers=30,
+    hidden_size=576,
+    inner_size=1536,
+    kv_width=192,
+    query_groups=3,
 )
 
 

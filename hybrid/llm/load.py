@@ -39,21 +39,23 @@ def load_backbone(config: LlamaConfig, device: torch.device, cache: Path) -> Bac
     Raises UserError, one line that says what to do, if it is missing, gated, out of reach, too
     large for the memory, or no language model.
     """
-    dtype = compute_dtype(config, device)
+    dtype, weights = compute_dtype(config, device), weights_dtype(config, device)
     if config.model == "tiny-random":
-        model, tokenizer = tiny_random(dtype)
+        model, tokenizer = tiny_random(weights)
         _check_length(config, model.config)
-        return Backbone(_adapted(model).to(device), tokenizer, config, "none")
+        return Backbone(_adapted(model).to(device), tokenizer, config, "none", dtype)
     place, revision = _place(config, cache)
     options = {"revision": config.revision} if config.revision else {}
     with _explained(config.model):
         shape_of = AutoConfig.from_pretrained(place, trust_remote_code=False, **options)
         _check_length(config, shape_of)
-        _check_memory(config, shape_of, dtype, device)
+        _check_memory(config, shape_of, weights, device)
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
         model, loaded = AutoModelForCausalLM.from_pretrained(
             place,
-            dtype=dtype,
+            dtype=weights,
+            # Straight to the device: a copy in the machine's memory first takes as much again.
+            device_map={"": device},
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
@@ -63,7 +65,10 @@ def load_backbone(config: LlamaConfig, device: torch.device, cache: Path) -> Bac
             raise UserError(f"llama.model: {config.model} is no decoder of LLaMA's kind")
         _check_whole(config.model, loaded)
         commit = getattr(shape_of, "_commit_hash", None)
-        return Backbone(_adapted(model).to(device), tokenizer, config, commit or revision)
+        backbone = Backbone(_adapted(model), tokenizer, config, commit or revision, dtype)
+    if not config.max_new_tokens:
+        backbone.drop_head()
+    return backbone
 
 
 def check_model(config: LlamaConfig, cache: Path) -> None:
@@ -85,6 +90,15 @@ def compute_dtype(config: LlamaConfig, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     found: torch.dtype = getattr(torch, config.dtype)
     return found
+
+
+def weights_dtype(config: LlamaConfig, device: torch.device) -> torch.dtype:
+    """The dtype the weights are kept in: float32 at least for a model that learns.
+
+    A bfloat16 number has 8 bits: a step of 1e-5 of most weights rounds to no step at all.
+    """
+    dtype = compute_dtype(config, device)
+    return dtype if config.frozen else torch.promote_types(dtype, torch.float32)
 
 
 def shape(config: LlamaConfig) -> Shape | None:
@@ -198,16 +212,18 @@ def _check_length(config: LlamaConfig, model: Any) -> None:
 def _check_memory(
     config: LlamaConfig, model: Any, dtype: torch.dtype, device: torch.device
 ) -> None:
+    # With the head even where it is dropped: it is there while the model loads.
     size = _shape(model).parameters * dtype.itemsize
     if device.type == "cuda":
         free, where = torch.cuda.mem_get_info(device)[0], "the GPU"
     else:
         free, where = psutil.virtual_memory().available, "this machine"
     if size > free:
+        instead = "llama.dtype=bfloat16" if config.frozen else "llama.frozen=true"
         raise UserError(
             f"llama.model: {config.model} needs {size / 2**30:.1f} GiB as"
             f" {str(dtype).removeprefix('torch.')}, {where} has {free / 2**30:.1f} GiB free;"
-            " choose a smaller model or llama.dtype=bfloat16"
+            f" choose a smaller model or {instead}"
         )
 
 
@@ -217,11 +233,14 @@ def _shape(config: Any) -> Shape:
     head = getattr(config, "head_dim", None) or D // config.num_attention_heads
     kv, q = head * config.num_key_value_heads, head * config.num_attention_heads
     per_layer = 2 * D * q + 2 * D * kv + 3 * D * inner + 2 * D
-    vocabulary = config.vocab_size * D * (1 if config.tie_word_embeddings else 2)
+    embeddings = config.vocab_size * D
+    head = 0 if config.tie_word_embeddings else embeddings
     return Shape(
-        parameters=layers * per_layer + vocabulary + D,
+        parameters=layers * per_layer + embeddings + head + D,
+        head=head,
         layers=layers,
         hidden_size=D,
+        inner_size=inner,
         kv_width=kv,
         query_groups=q // kv,
     )

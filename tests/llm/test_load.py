@@ -297,3 +297,60 @@ def test_metas_shapes_are_those_of_the_real_architecture(
         model = transformers.LlamaForCausalLM(config)
     assert SHAPES[name] == _shape(config) == shape(LlamaConfig(model=name))
     assert SHAPES[name].parameters == sum(weight.numel() for weight in model.parameters())
+
+
+# The output head
+
+
+def untied(folder: Path) -> Path:
+    """A folder with the tiny model and an output head of its own."""
+    model, tokenizer = tiny_random(torch.float32)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(2 * model.lm_head.weight.detach())
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_head_that_writes_nothing_is_dropped_and_still_identifies_the_model(
+    tmp_path: Path,
+) -> None:
+    folder = untied(tmp_path / "untied")
+    writes = load(folder, tmp_path, max_new_tokens=1)
+    silent = load(folder, tmp_path)
+    assert writes.model.lm_head is not None and silent.model.lm_head is None
+    held = {name for name, _ in silent.model.named_parameters()}
+    assert held == {name for name, _ in silent.model.model.named_parameters(prefix="model")}
+    assert silent.identity() == writes.identity()
+    with torch.no_grad():
+        silent.model.model.norm.weight[5] += 0.1
+    assert silent.fingerprint() != writes.fingerprint()
+    latent = torch.ones(1, 2, 32)
+    read = [
+        one.read(one.encode([[5, 6, 7]]), latent, [[8]]) for one in (load(folder, tmp_path), writes)
+    ]
+    assert torch.equal(*read)
+
+
+def test_a_head_that_shares_the_embeddings_stays(saved: Saved, tmp_path: Path) -> None:
+    model = load(saved("model"), tmp_path).model
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def test_a_model_that_learns_needs_memory_for_float32(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved("model")
+    memory = SimpleNamespace(available=26_848 * 4 - 1)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+    assert load(folder, tmp_path, dtype="bfloat16").dtype == torch.bfloat16
+    with pytest.raises(UserError, match=r"as float32, .*llama\.frozen=true$"):
+        load(folder, tmp_path, dtype="bfloat16", frozen=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_model_goes_straight_to_its_device(saved: Saved, tmp_path: Path) -> None:
+    device = torch.device("cuda")
+    backbone = load_backbone(LlamaConfig(model=str(saved("model"))), device, tmp_path)
+    assert {weight.device.type for weight in backbone.model.parameters()} == {"cuda"}

@@ -1,0 +1,74 @@
+"""Shapes repeat where padding is asked for, and padded rows are read to the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from hybrid.llm.backbone import Backbone
+from hybrid.llm.encodings import EncodingStore
+from hybrid.llm.padding import PROBLEM_MULTIPLE, TEXT_MULTIPLE, left_padded
+
+Tiny = Callable[..., Backbone]
+CPU = torch.device("cpu")
+PROBLEMS = ([5, 6, 7, 8, 9], [20, 21], [30, 31, 32, 33, 34, 35, 36, 37, 38])
+TEXTS = ([50, 51, 52], [60, 61, 62, 63, 64], [70])
+
+
+@pytest.fixture
+def padded(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """padded() -> from now on the CPU pads as a GPU does, to multiples of 8 and 6."""
+
+    def pad() -> None:
+        monkeypatch.setitem(PROBLEM_MULTIPLE, "cpu", 8)
+        monkeypatch.setitem(TEXT_MULTIPLE, "cpu", 6)
+
+    return pad
+
+
+def read(backbone: Backbone, latent: Tensor, store: EncodingStore | None = None) -> list[Tensor]:
+    """Hidden states and the latent's gradient."""
+    encoding = (store or backbone).encode(PROBLEMS)
+    out = backbone.read(encoding, latent, TEXTS)
+    return [out, *torch.autograd.grad(out.sin().sum(), latent)]
+
+
+def test_rows_are_padded_to_a_multiple_on_the_left() -> None:
+    ids, mask = left_padded([[1, 2, 3], [4]], {"cpu": 4}, CPU)
+    assert ids.tolist() == [[0, 1, 2, 3], [0, 0, 0, 4]]
+    assert mask.tolist() == [[False, True, True, True], [False, False, False, True]]
+    assert left_padded([[1, 2, 3]], {"cuda": 4}, CPU)[0].tolist() == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize("batch_size", [8, 1])
+@pytest.mark.parametrize("prefix", ["attempt", "problem"])
+def test_padding_changes_no_number(
+    tiny: Tiny, padded: Callable[[], None], prefix: str, batch_size: int
+) -> None:
+    backbone = tiny(prefix=prefix, batch_size=batch_size)
+    latent = torch.linspace(-1, 1, 3 * 2 * 32, dtype=torch.float64).view(3, 2, 32).requires_grad_()
+    plain = read(backbone, latent)
+    written = backbone.generate(backbone.encode(PROBLEMS), latent, TEXTS, 6)
+    padded()
+    assert backbone.encode(PROBLEMS).tokens.shape == (3, 16)
+    for one, other in zip(read(backbone, latent), plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+    assert backbone.generate(backbone.encode(PROBLEMS), latent, TEXTS, 6) == written
+
+
+def test_stored_encodings_are_padded_when_they_are_joined(
+    tiny: Tiny, padded: Callable[[], None], tmp_path: Path
+) -> None:
+    backbone = tiny()
+    latent = torch.linspace(-1, 1, 3 * 2 * 32, dtype=torch.float64).view(3, 2, 32).requires_grad_()
+    plain = read(backbone, latent)
+    padded()
+    store = EncodingStore(tmp_path, backbone)
+    store.add(PROBLEMS)
+    assert store.encode(PROBLEMS).tokens.shape == (3, 16)
+    for one, other in zip(read(backbone, latent, store), plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)

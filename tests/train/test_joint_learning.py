@@ -1,0 +1,68 @@
+"""Joint training of a language model that computes in bfloat16 and learns in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hybrid.checkpoint import read
+from hybrid.config import Config
+from hybrid.context import LocalContext
+from hybrid.evaluate.hybrid import HybridAnswerer
+from hybrid.llm import Reader
+from hybrid.train import Joint
+from hybrid.train.loop import train
+
+Jointly = Callable[..., Config]
+CPU = LocalContext(torch.device("cpu"))
+PROBLEM, TEXT = [5, 6, 7, 8, 9], [50, 51, 52]
+
+
+class Kept(Joint):
+    """The last learner, and the language model's weights before its first step."""
+
+    made: Kept
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)  # type: ignore[arg-type]
+        Kept.made = self
+        self.before = {name: value.clone() for name, value in self.llama().items()}
+
+    def llama(self) -> dict[str, Tensor]:
+        parameters = self.state.optimizer.parameters.items()
+        return {name: value.detach() for name, value in parameters if name.startswith("llama.")}
+
+
+@torch.no_grad()
+def hidden(reader: Reader) -> Tensor:
+    backbone = reader.backbone
+    latent = torch.full((1, 2, backbone.hidden_size), backbone.embedding_scale)
+    return backbone.read(backbone.encode([PROBLEM]), latent, [TEXT])
+
+
+def test_thirty_small_steps_move_every_weight_and_are_what_an_evaluation_reads(
+    jointly: Jointly,
+) -> None:
+    config = jointly(
+        "a",
+        training={"steps": 30, "weight_decay": 0, "lr_warmup_steps": 0, "max_attempts": 1},
+        llama={"frozen": False, "lr": 1e-5, "dtype": "bfloat16"},
+    )
+    result = train(config, CPU, Kept)
+    learner = Kept.made
+    assert learner.reader is not None and learner.reader.backbone.dtype == torch.bfloat16
+    kept = {part: read(result.checkpoint).tensors(part) for part in ("model", "average")}
+    for name, weight in learner.llama().items():
+        had_gradient = learner.state.optimizer.v[name] > 0
+        assert had_gradient.any(), name
+        assert (weight != learner.before[name])[had_gradient].all(), name
+        moved = kept["average"][name] != learner.before[name]
+        assert moved[had_gradient].float().mean() > 0.99, name
+        assert {tensors[name].dtype for tensors in kept.values()} == {torch.float32}
+    answerer = HybridAnswerer(read(result.checkpoint), config, CPU.device)
+    assert answerer.solver.reader is not None
+    with learner.state.average.applied():
+        assert torch.equal(hidden(learner.reader), hidden(answerer.solver.reader))
+    assert not torch.equal(hidden(learner.reader), hidden(answerer.solver.reader))
