@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden.extract import unpack
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.golden import unpack
 from hybrid.config import Config, TrainingConfig
 from hybrid.context import LocalContext
 from hybrid.dataset import Dataset, Stream
