@@ -165,7 +165,15 @@ def compare(
 class Side:
     """The plain trainer, or ours on the same weights."""
 
-    def __init__(self, side: str, config: TRMConfig, batch: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        side: str,
+        config: TRMConfig,
+        batch: int,
+        device: torch.device,
+        *,
+        micro_batch_size: int | None = None,
+    ) -> None:
         self.device = device
         self.plain: PlainTrainer | None = None
         kind, _, dtype = side.partition(" ")
@@ -182,7 +190,9 @@ class Side:
         if kind == "compiled":
             ours.fuse()
         weights = dict(ours.named_parameters())
-        self.config = TrainingConfig(batch_size=batch, lr_warmup_steps=0)
+        self.config = TrainingConfig(
+            batch_size=batch, micro_batch_size=micro_batch_size, lr_warmup_steps=0
+        )
         self.state = TrainState(
             step=0,
             model=ours,

@@ -77,7 +77,6 @@ def test_what_is_recorded_says_where_it_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
-    monkeypatch.setattr(measure, "HISTORY", tmp_path / "history.jsonl")
     for number in (1, 2):
         measure.record("thing", [{"ms": number}])
     newest = json.loads((tmp_path / "thing.json").read_text())
