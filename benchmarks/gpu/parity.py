@@ -16,7 +16,6 @@ by the sign of its gradient, and rounding decides the sign of a gradient close t
 
 def run(session: Session) -> None:
     """Check golden A and B in float32, A in bfloat16, and the trajectory C, eager and compiled."""
-    torch.backends.cuda.matmul.allow_tf32 = False
     # Compiling takes a CPU longer than everything else here; tests/trm checks it there.
     modes = (False,) if session.tiny else (False, True)
     for fused in modes:
