@@ -44,7 +44,7 @@ def test_wrong_arguments_end_with_2(tmp_path: Path) -> None:
     assert done.returncode == 2 and "speed is none of machine" in done.stderr
 
 
-def test_running_out_of_memory_is_a_result(tmp_path: Path) -> None:
+def test_an_error_is_a_result_and_only_memory_is_no_failure(tmp_path: Path) -> None:
     session = Session(
         part="steps",
         device=torch.device("cpu"),
@@ -57,10 +57,13 @@ def test_running_out_of_memory_is_a_result(tmp_path: Path) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 90 GiB\nmore")
     with session.measuring("small"):
         session.record("small", ms=1)
-    large, small = summary.read(tmp_path)
+    with session.measuring("broken"):
+        raise ValueError
+    large, small, broken = summary.read(tmp_path)
     assert large["what"] == "large" and large["failed"].startswith("out of memory: CUDA")
     assert small["ms"] == 1
     assert not summary.failures([large, small])
+    assert broken["failed"] == "ValueError: " and summary.failures([broken]) == ["steps: broken"]
 
 
 @pytest.mark.parametrize(

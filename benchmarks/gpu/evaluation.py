@@ -57,7 +57,8 @@ def _measure(
     shape = (rows, model.config.seq_len)
     tokens = np.random.default_rng(0).integers(0, 12, shape, dtype=np.uint8)
     puzzles = torch.zeros(rows, model.config.puzzle_emb_ndim)
-    predict(model, tokens[:batch], puzzles[:batch], config)  # compiles
+    one_step = EvaluationConfig(batch_size=batch, halt="fixed", act_steps=1)
+    predict(model, tokens[:batch], puzzles[:batch], one_step)  # compiles
     spent = 0
 
     def answer() -> None:

@@ -19,20 +19,24 @@ def run(session: Session) -> None:
     # Compiling takes a CPU longer than everything else here; tests/trm checks it there.
     modes = (False,) if session.tiny else (False, True)
     for fused in modes:
-        for name, limit in golden.LIMITS.items():
-            try:
-                worst = max(golden.worst_differences(name, session.device, fused=fused).values())
-            except AssertionError as error:
-                session.record(_title(name, fused), failed=f"differs: {error}", ok=False)
-                continue
-            session.record(
-                _title(name, fused), difference=worst, limit=limit, outside="", ok=worst <= limit
-            )
-        session.record(_title(golden.TRAJECTORY, fused), **trajectory(session.device, fused))
-    half = golden.trajectory(session.device, forward_dtype="bfloat16").differences()
-    session.record(
-        f"{golden.TRAJECTORY} in bfloat16, for information", difference=float(half.max())
-    )
+        mode = "compiled" if fused else "eager"
+        for name in golden.LIMITS:
+            with session.measuring(f"{name} {mode}"):
+                session.record(f"{name} {mode}", **act_steps(name, session.device, fused))
+        with session.measuring(f"{golden.TRAJECTORY} {mode}"):
+            found = trajectory(session.device, fused)
+            session.record(f"{golden.TRAJECTORY} {mode}", **found)
+    information = f"{golden.TRAJECTORY} in bfloat16, for information"
+    with session.measuring(information):
+        half = golden.trajectory(session.device, forward_dtype="bfloat16").differences()
+        session.record(information, difference=float(half.max()))
+
+
+def act_steps(name: str, device: torch.device, fused: bool) -> dict[str, Any]:
+    """Compare golden A or B; `ok` if all outputs are within the limit."""
+    worst = max(golden.worst_differences(name, device, fused=fused).values())
+    limit = golden.LIMITS[name]
+    return {"difference": worst, "limit": limit, "outside": "", "ok": worst <= limit}
 
 
 def trajectory(device: torch.device, fused: bool) -> dict[str, Any]:
@@ -45,7 +49,3 @@ def trajectory(device: torch.device, fused: bool) -> dict[str, Any]:
         "outside": outside,
         "ok": outside <= ALLOWED_OUTSIDE,
     }
-
-
-def _title(name: str, fused: bool) -> str:
-    return f"{name} {'compiled' if fused else 'eager'}"

@@ -23,11 +23,12 @@ def run(session: Session) -> None:
     for deterministic, compiled in cases:
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
         root = session.scratch / f"{deterministic}-{compiled}"
-        found = differences(root, session.device, 6 if session.tiny else 20, compiled)
-        what = f"{'compiled' if compiled else 'eager'}"
+        what = "compiled" if compiled else "eager"
         what += f", deterministic algorithms {'on' if deterministic else 'off'}"
-        checked = {"ok": not any(found.values())} if deterministic else {}
-        session.record(what, **found, **checked)
+        with session.measuring(what):
+            found = differences(root, session.device, 6 if session.tiny else 20, compiled)
+            checked = {"ok": not any(found.values())} if deterministic else {}
+            session.record(what, **found, **checked)
 
 
 def differences(root: Path, device: torch.device, steps: int, compiled: bool) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -63,16 +64,26 @@ class Session:
 
     @contextmanager
     def measuring(self, what: str) -> Iterator[None]:
-        """Start with free memory; record running out of it as the result of `what`."""
+        """Start with free memory; record an error as the result of `what` and go on.
+
+        Running out of memory is not a failed check, any other error is.
+        """
         release_memory()
         try:
             yield
         except torch.OutOfMemoryError as error:
-            self.record(what, failed=f"out of memory: {str(error).splitlines()[0][:150]}")
+            self.record(what, failed=f"out of memory: {_first_line(error)}")
+        except Exception as error:
+            traceback.print_exc()
+            self.record(what, failed=f"{type(error).__name__}: {_first_line(error)}", ok=False)
 
     def config(self, data: dict[str, Any], **sections: dict[str, Any]) -> Config:
         """Build the config of a run in `scratch` and prepare its data there."""
         return experiment(self.scratch, self.device, data, **sections)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:150]
 
 
 def experiment(

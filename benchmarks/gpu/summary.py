@@ -26,8 +26,8 @@ def failures(lines: Sequence[Line]) -> list[str]:
 
 
 def text(lines: Sequence[Line]) -> str:
-    """Tables of all results by part, then the verdict. What is `predicted` is meant for an H100."""
-    blocks = []
+    """Tables of all results by part, then the verdict."""
+    blocks = ["\nPredictions are for one H100, made before any GPU had run the code."]
     for part, of_part in groupby(lines, key=lambda line: line["part"]):
         blocks.append(f"\n{part}")
         blocks += [table(rows) for rows in _same_columns([_row(line) for line in of_part])]
