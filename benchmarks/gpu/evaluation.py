@@ -34,12 +34,13 @@ def run(session: Session) -> None:
 
 
 def _model(config: TRMConfig, session: Session, fused: bool) -> TRM:
-    """A model whose halt head is undecided: a new one never stops a row before the last step."""
-    model = TRM(config, seed=0).to(session.device).eval()
+    """A model with a random halt head: that of a new one stops no row before the last step."""
+    model = TRM(config, seed=0)
     with torch.no_grad():
-        model.q_head.weight.normal_()
+        model.q_head.weight.normal_(generator=torch.Generator().manual_seed(0))
         assert model.q_head.bias is not None
         model.q_head.bias.zero_()
+    model.to(session.device).eval()
     if fused:
         model.fuse()
     return model
@@ -56,7 +57,9 @@ def _measure(
     config = EvaluationConfig(batch_size=batch, halt=halt, act_steps=act_steps)
     shape = (rows, model.config.seq_len)
     tokens = np.random.default_rng(0).integers(0, 12, shape, dtype=np.uint8)
-    puzzles = torch.zeros(rows, model.config.puzzle_emb_ndim)
+    # Rows halt at different steps because of the puzzle.
+    generator = torch.Generator().manual_seed(0)
+    puzzles = torch.randn(rows, model.config.puzzle_emb_ndim, generator=generator)
     one_step = EvaluationConfig(batch_size=batch, halt="fixed", act_steps=1)
     predict(model, tokens[:batch], puzzles[:batch], one_step)  # compiles
     spent = 0
