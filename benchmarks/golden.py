@@ -20,6 +20,7 @@ from torch import Tensor
 from hybrid.trm import (
     TRM,
     AdamAtan2,
+    Carry,
     MovingAverage,
     act_loss,
     learning_rate,
@@ -181,30 +182,16 @@ def trajectory(device: torch.device, *, fused: bool = False, **changes: Any) -> 
     carry, steps = None, []
     for i in range(6):
         batch = {name: value[i] for name, value in batch_in(theirs).items()}
-        carry, out = model.act_step(carry or model.initial_carry(batch), batch)
-        ids = carry.current["puzzle_identifiers"]
-        loss, sums = act_loss(
-            out.logits, out.q_halt, carry.current["labels"], carry.steps, carry.halted
-        )
-        torch.autograd.backward(loss / len(batch["inputs"]))
-        assert out.puzzle_rows is not None and out.puzzle_rows.grad is not None
-        norms = [columns[c].grad for c in about["grad_norm_columns"]]
-        step = {f"metric.{name}": value for name, value in sums.items()} | {
-            "loss": loss.detach(),
+        carry, step = _backward(model, batch, carry)
+        step |= {
             "lr": torch.tensor(rate(i, hyper["lr"])),
             "lr_puzzle": torch.tensor(rate(i, hyper["puzzle_emb_lr"])),
-            "grad_norm": torch.stack([grad.norm() for grad in norms if grad is not None]),
-            "halted": carry.halted,
-            "nsteps": carry.steps,
-            "cur_inputs": carry.current["inputs"],
-            "q_halt": out.q_halt.detach(),
-            "local_ids": ids,
-            "local_weights_grad": out.puzzle_rows.grad,
+            "grad_norm": torch.stack([_norm(columns[c]) for c in about["grad_norm_columns"]]),
         }
         sign_sgd_(
             model.puzzle_table,
-            ids,
-            out.puzzle_rows.grad,
+            step["local_ids"],
+            step["local_weights_grad"],
             lr=rate(i, hyper["puzzle_emb_lr"]),
             weight_decay=hyper["puzzle_emb_weight_decay"],
         )
@@ -216,3 +203,30 @@ def trajectory(device: torch.device, *, fused: bool = False, **changes: Any) -> 
     assert compiled >= 2 * fused, "not compiled with and without gradient"
     stacked = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
     return Trajectory(steps=stacked, model=model, average=average, recorded=theirs)
+
+
+def _backward(
+    model: TRM, batch: dict[str, Tensor], carry: Carry | None
+) -> tuple[Carry, dict[str, Tensor]]:
+    """Run forward and backward of a step; returns the new carry and the tensors to compare."""
+    carry, out = model.act_step(carry or model.initial_carry(batch), batch)
+    loss, sums = act_loss(
+        out.logits, out.q_halt, carry.current["labels"], carry.steps, carry.halted
+    )
+    torch.autograd.backward(loss / len(batch["inputs"]))
+    assert out.puzzle_rows is not None and out.puzzle_rows.grad is not None
+    return carry, {
+        **{f"metric.{name}": value for name, value in sums.items()},
+        "loss": loss.detach(),
+        "halted": carry.halted,
+        "nsteps": carry.steps,
+        "cur_inputs": carry.current["inputs"],
+        "q_halt": out.q_halt.detach(),
+        "local_ids": carry.current["puzzle_identifiers"],
+        "local_weights_grad": out.puzzle_rows.grad,
+    }
+
+
+def _norm(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return torch.linalg.vector_norm(parameter.grad)
