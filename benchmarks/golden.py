@@ -229,4 +229,5 @@ def _backward(
 
 def _norm(parameter: Tensor) -> Tensor:
     assert parameter.grad is not None
-    return torch.linalg.vector_norm(parameter.grad)
+    norm: Tensor = torch.linalg.vector_norm(parameter.grad)
+    return norm
