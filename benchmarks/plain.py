@@ -1,18 +1,20 @@
-"""A plain Tiny Recursive Model and its trainer: what the benchmarks compare with.
+"""A plain Tiny Recursive Model and its trainer: the baseline of the benchmarks.
 
 Written from the paper's description the way published trainers work, and nothing in it is tuned:
 weights are cast at every call, rotary positions and norms are chains of small operations, the loss
 is the naive float64 form, metrics are read from the device after every step, each weight is moved
 and averaged by itself, and evaluation runs a deep copy with the averaged weights through all ACT
-steps. tests/test_plain.py holds it to the numbers of hybrid/trm.
+steps. Compiled, as the published trainer is on a GPU, the model and its loss are one graph for one
+size. tests/trm/test_plain.py holds both to the numbers of hybrid/trm.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +107,7 @@ class PlainTRM(nn.Module):
     H_init: Tensor
     L_init: Tensor
     puzzle_table: Tensor
+    puzzle_rows: Tensor
     cos: Tensor
     sin: Tensor
 
@@ -148,8 +151,11 @@ class PlainTRM(nn.Module):
 
     def forward(
         self, carry: PlainCarry, batch: Batch, exploration: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[PlainCarry, Tensor, Tensor, Tensor]:
-        """(new carry, logits [B, L, V], halt logits [B], puzzle rows [B, ndim]) of an ACT step."""
+    ) -> tuple[PlainCarry, Tensor, Tensor]:
+        """Run an ACT step; returns the new carry, logits [B, L, V] and halt logits [B].
+
+        While training, puzzle rows [B, ndim] are copied to `puzzle_rows`, which has their gradient.
+        """
         fresh = carry.halted
         z_H = torch.where(fresh.view(-1, 1, 1), self.H_init.to(self.dtype), carry.z_H)
         z_L = torch.where(fresh.view(-1, 1, 1), self.L_init.to(self.dtype), carry.z_L)
@@ -158,9 +164,11 @@ class PlainTRM(nn.Module):
             name: torch.where(fresh.view(-1, *(1,) * (value.dim() - 1)), batch[name], value)
             for name, value in carry.current.items()
         }
-        rows = self.puzzle_table[current["puzzle_identifiers"].long()].clone()
+        rows = self.puzzle_table[current["puzzle_identifiers"].long()]
         if self.training:
-            rows.requires_grad_()
+            with torch.no_grad():
+                self.puzzle_rows.copy_(rows)
+            rows = self.puzzle_rows
         P, D = self.config.prefix, self.config.hidden_size
         padded = F.pad(rows.to(self.dtype), (0, P * D - rows.shape[-1])).view(-1, P, D)
         embedded = F.embedding(current["inputs"].long(), self.embed_tokens.to(self.dtype))
@@ -182,7 +190,7 @@ class PlainTRM(nn.Module):
             explore, least = exploration or (torch.rand_like(q_halt), torch.rand_like(q_halt))
             minimum = 2 + (least * (self.config.halt_max_steps - 1)).long()
             halted = halted & (steps >= (explore < self.config.halt_exploration_prob) * minimum)
-        return PlainCarry(z_H.detach(), z_L.detach(), steps, halted, current), logits, q_halt, rows
+        return PlainCarry(z_H.detach(), z_L.detach(), steps, halted, current), logits, q_halt
 
 
 def stablemax_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -193,6 +201,42 @@ def stablemax_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     scored = labels != IGNORE
     picked = log_p.gather(-1, torch.where(scored, labels, 0).long().unsqueeze(-1)).squeeze(-1)
     return -torch.where(scored, picked, 0)
+
+
+class PlainLossHead(nn.Module):
+    """The model together with its loss and metrics."""
+
+    def __init__(self, model: PlainTRM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, carry: PlainCarry, batch: Batch, exploration: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[PlainCarry, Tensor, dict[str, Tensor], Tensor, Tensor]:
+        """Run an ACT step; returns the new carry, loss, metrics, tokens [B, L], halt logits [B]."""
+        carry, logits, q_halt = self.model(carry, batch, exploration)
+        labels = carry.current["labels"]
+        scored = labels != IGNORE
+        counts = scored.sum(-1)
+        divisor = counts.clamp_min(1).unsqueeze(-1)
+        tokens = logits.argmax(-1)
+        with torch.no_grad():
+            hits = scored & (tokens == labels)
+            right = hits.sum(-1) == counts
+            ended = carry.halted & (counts > 0)
+            metrics = {
+                "count": ended.sum(),
+                "accuracy": torch.where(ended, (hits / divisor).sum(-1), 0).sum(),
+                "exact_accuracy": (ended & right).sum(),
+                "q_halt_accuracy": (ended & ((q_halt >= 0) == right)).sum(),
+                "steps": torch.where(ended, carry.steps, 0).sum(),
+            }
+        lm_loss = (stablemax_cross_entropy(logits, labels) / divisor).sum()
+        q_halt_loss = F.binary_cross_entropy_with_logits(
+            q_halt, right.to(q_halt.dtype), reduction="sum"
+        )
+        metrics |= {"lm_loss": lm_loss.detach(), "q_halt_loss": q_halt_loss.detach()}
+        return carry, lm_loss + 0.5 * q_halt_loss, metrics, tokens, q_halt.detach()
 
 
 class PlainTrainer:
@@ -206,9 +250,16 @@ class PlainTrainer:
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.1,
         ema_rate: float = 0.999,
+        compiled: bool = False,
     ) -> None:
         self.model, self.batch_size, self.betas = model, batch_size, betas
         self.weight_decay, self.ema_rate = weight_decay, ema_rate
+        self.compiled = compiled
+        self.head = self._head(model)
+        self.averaged: tuple[PlainTRM, Callable[..., Any]] | None = None
+        table = model.puzzle_table
+        rows = table.new_zeros(batch_size, table.shape[1]).requires_grad_()
+        model.register_buffer("puzzle_rows", rows, persistent=False)
         self.t = 0
         self.carry: PlainCarry | None = None
         self.m = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
@@ -226,36 +277,24 @@ class PlainTrainer:
         model = self.model.train()
         if self.carry is None:
             self.carry = model.initial_carry(batch)
-        self.carry, logits, q_halt, rows = model(self.carry, batch, exploration)
-        labels = self.carry.current["labels"]
-        scored = labels != IGNORE
-        counts = scored.sum(-1)
-        divisor = counts.clamp_min(1).unsqueeze(-1)
-        with torch.no_grad():
-            hits = scored & (logits.argmax(-1) == labels)
-            right = hits.sum(-1) == counts
-            ended = self.carry.halted & (counts > 0)
-            metrics = {
-                "count": ended.sum(),
-                "accuracy": torch.where(ended, (hits / divisor).sum(-1), 0).sum(),
-                "exact_accuracy": (ended & right).sum(),
-                "q_halt_accuracy": (ended & ((q_halt >= 0) == right)).sum(),
-                "steps": torch.where(ended, self.carry.steps, 0).sum(),
-            }
-        lm_loss = (stablemax_cross_entropy(logits, labels) / divisor).sum()
-        q_halt_loss = F.binary_cross_entropy_with_logits(
-            q_halt, right.to(q_halt.dtype), reduction="sum"
-        )
-        loss = lm_loss + 0.5 * q_halt_loss
+        self.carry, loss, metrics, *_ = self.head(self.carry, batch, exploration)
         ((1 / self.batch_size) * loss).backward()
-        self._move_table(self.carry.current["puzzle_identifiers"], rows, puzzle_lr)
+        self._move_table(self.carry.current["puzzle_identifiers"], puzzle_lr)
         self._move_weights(lr)
         self._average()
-        metrics |= {"lm_loss": lm_loss.detach(), "q_halt_loss": q_halt_loss.detach()}
         return {name: float(value) for name, value in metrics.items()}
 
+    def _head(self, model: PlainTRM) -> Callable[..., Any]:
+        head = PlainLossHead(model)
+        return torch.compile(head) if self.compiled else head
+
+    def _copy(self) -> tuple[PlainTRM, Callable[..., Any]]:
+        model = copy.deepcopy(self.model).eval()
+        return model, self._head(model)
+
     @torch.no_grad()
-    def _move_table(self, ids: Tensor, rows: Tensor, lr: float) -> None:
+    def _move_table(self, ids: Tensor, lr: float) -> None:
+        rows = self.model.puzzle_rows
         assert rows.grad is not None
         unique, inverse = ids.long().unique(return_inverse=True)
         grad = torch.zeros(len(unique), rows.shape[1], dtype=rows.dtype, device=rows.device)
@@ -263,6 +302,7 @@ class PlainTrainer:
         p = self.model.puzzle_table[unique]
         p.mul_(1.0 - lr * self.weight_decay).add_(torch.sign(grad), alpha=-lr)
         self.model.puzzle_table[unique] = p
+        rows.grad = None
 
     @torch.no_grad()
     def _move_weights(self, lr: float) -> None:
@@ -287,11 +327,14 @@ class PlainTrainer:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(tokens [B, L], halt logits [B]) of the averaged weights after all ACT steps."""
-        model = copy.deepcopy(self.model).eval()
+        model, head = self.averaged or self._copy()
+        if self.compiled:  # checking a new copy takes longer than evaluating a small model
+            self.averaged = model, head
+        model.puzzle_table.copy_(self.model.puzzle_table)
         for name, p in model.named_parameters():
             p.data.copy_(self.shadow[name])
         carry = model.initial_carry(batch)
         while True:
-            carry, logits, q_halt, _ = model(carry, batch)
+            carry, _, _, tokens, q_halt = head(carry, batch)
             if bool(carry.halted.all()):
-                return logits.argmax(-1), q_halt
+                return tokens, q_halt

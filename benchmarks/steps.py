@@ -1,15 +1,16 @@
-"""A training step and an evaluation of the TRM: plain, ours, ours compiled, and in bfloat16.
+"""A training step and an evaluation of the TRM: plain, ours, compiled or not, and in bfloat16.
 
     python -m benchmarks.steps [--device cuda] [--sizes golden,demo,medium,full]
-                               [--sides "eager,compiled,plain bfloat16,compiled bfloat16"]
-                               [--rounds N] [--batch N]
+                               [--sides "plain,eager,compiled,compiled bfloat16"]
+                               [--rounds N] [--batch N] [--out FOLDER]
 
-Needs no Ray, no data and no network. All sides take random rows of the same sizes in turns; of each
-the median time, samples a second (a sample is one row through one ACT step), how many times faster
-than the plain one, and the floor's share of the time. The floor is what cannot be left out: the
+Needs no Ray, data, git or network. All sides take random rows of the same sizes in turns; the table
+has the median time of each, samples a second (a sample is one row through one ACT step), the ratio
+to the plain trainer, eager and compiled, and the share of the floor in the time. The floor is the
 matrix products at the rate this machine reaches on the model's largest one in that dtype, and in
-training the optimiser's bytes at the rate it copies so many. Writes
-benchmarks/results/steps-<device>.json.
+training the optimiser's bytes at the rate it copies so many. A side that runs out of memory is
+listed as such. `plain compiled` compiles the model and its loss as one graph, as the published
+trainer does on a GPU. Writes steps-<device>.json to FOLDER, benchmarks/results if not given.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from math import isqrt
@@ -26,7 +28,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import faster, in_turns, record, seconds_of, table
+from benchmarks.measure import (
+    faster,
+    in_turns,
+    peak_gib,
+    record,
+    release_memory,
+    seconds_of,
+    table,
+)
 from benchmarks.plain import PlainTrainer, PlainTRM
 from hybrid.config import EvaluationConfig, TrainingConfig, load
 from hybrid.context import LocalContext
@@ -37,6 +47,7 @@ from hybrid.trm import TRM, AdamAtan2, MovingAverage, TRMConfig
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 KINDS = ("train", "evaluate")
+OUT_OF_MEMORY = "out of memory"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,30 +91,50 @@ def main() -> None:
     parser.add_argument("--sides")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--batch", type=int)
-    asked = parser.parse_args()
-    device = torch.device(asked.device)
-    sides = ["plain", *(asked.sides.split(",") if asked.sides else sides_on(device))]
-    rows = []
-    for name in asked.sizes.split(","):
-        size = SIZES[name]
-        rows += compare(
-            name,
-            size.model,
-            asked.batch or size.batch[device.type],
-            device,
-            sides,
-            asked.rounds or size.rounds,
-            size.calls,
-        )
-        print(table(rows[-2 * len(sides) :]), flush=True)
-    record(f"steps-{device.type}", rows)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    sides = arguments.sides.split(",") if arguments.sides else sides_on(device)
+    rows: list[dict[str, Any]] = []
+    try:
+        for name in arguments.sizes.split(","):
+            size = SIZES[name]
+            rows += compare(
+                name,
+                size.model,
+                arguments.batch or size.batch[device.type],
+                device,
+                sides,
+                arguments.rounds or size.rounds,
+                size.calls,
+            )
+            print(table(rows[-2 * len(sides) :]), flush=True)
+    finally:
+        if rows:
+            record(f"steps-{device.type}", rows, arguments.out)
 
 
 def sides_on(device: torch.device) -> list[str]:
-    """Beside the plain one. A GPU computes in bfloat16 anyway, most CPUs have no units for it."""
-    has_units = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    half = ["plain bfloat16", "compiled bfloat16"] if has_units else []
-    return ["eager", "compiled", *half]
+    """Choose the sides for a device.
+
+    A GPU computes in bfloat16 anyway. A CPU takes a minute to compile a plain model, and few CPUs
+    have units for bfloat16.
+    """
+    if device.type == "cuda":
+        return ["compiled", "eager", "plain", "plain compiled"]
+    half = ["plain bfloat16", "compiled bfloat16"]
+    return ["plain", "eager", "compiled", *(half if torch.cpu._is_avx512_bf16_supported() else [])]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begun:
+    """A side that has taken its first steps."""
+
+    side: Side
+    seconds: dict[str, float]
+    """Of the first two calls, by kind."""
+    gib: dict[str, float]
+    """GPU memory at most beyond what was allocated before, by kind."""
 
 
 def compare(
@@ -115,74 +146,132 @@ def compare(
     rounds: int,
     calls: int,
 ) -> list[dict[str, Any]]:
-    """One line a side, of training and of evaluation."""
+    """Measure all sides; returns a line for each, of training and then of evaluation."""
     batches = [random_rows(config, batch_size, seed, device) for seed in range(4)]
-    trainers: dict[str, Side] = {}
-    first: dict[tuple[str, str], float] = {}
-    memory: dict[tuple[str, str], float] = {}
+    begun: dict[str, Begun] = {}
     for side in sides:
-        before = _allocated(device)
-        trainers[side] = trainer = Side(side, config, batch_size, device)
-        for kind in KINDS:
-            _allocated(device)
-            work = trainer.of(kind)
-            first[side, kind] = sum(seconds_of(partial(work, batch)) for batch in batches[:2])
-            memory[side, kind] = _allocated(device, peak=True) - before
+        release_memory()
+        with suppress(torch.OutOfMemoryError):
+            begun[side] = _begin(side, config, batch_size, device, batches[:2])
+    release_memory()
     rates = {
         dtype: matmul_flops(config, batch_size, dtype, device)
-        for dtype in {trainer.dtype for trainer in trainers.values()}
+        for dtype in {each.side.dtype for each in begun.values()}
     }
     moved = optimizer_seconds(config, device)
+    columns = _columns(sides, device)
     lines = []
     for kind in KINDS:
-        turns = {side: _cycling(trainer.of(kind), batches) for side, trainer in trainers.items()}
+        turns = {side: _cycling(each.side.of(kind), batches) for side, each in begun.items()}
         seconds = in_turns(turns, rounds=rounds, calls=calls)
         train = kind == "train"
-        steps = 1 if train else config.halt_max_steps
-        operations = batch_size * steps * flops(config, train=train)
+        steps = batch_size * (1 if train else config.halt_max_steps)
+        operations = steps * flops(config, train=train)
         for side in sides:
-            median = statistics.median(seconds[side])
-            floor = operations / rates[trainers[side].dtype] + (moved if train else 0)
-            lines.append(
-                {
-                    "size": name,
-                    "what": kind,
-                    "side": side,
-                    "dtype": str(trainers[side].dtype).removeprefix("torch."),
-                    "rows": batch_size,
-                    "ms": round(1000 * median, 2),
-                    "samples/s": round(batch_size * steps / median, 2),
-                    "times plain": faster(seconds[sides[0]], seconds[side]),
-                    "floor ms": round(1000 * floor, 2),
-                    "floor / time": round(floor / median, 3),
-                    "first two s": round(first[side, kind], 1),
-                    **({"GiB": round(memory[side, kind], 2)} if device.type == "cuda" else {}),
-                }
-            )
+            line = {"size": name, "what": kind, "side": side, "rows": batch_size}
+            if side in seconds:
+                floor = operations / rates[begun[side].side.dtype] + (moved if train else 0)
+                line |= _times(kind, side, begun[side], seconds, steps, floor)
+            else:
+                line["ms"] = OUT_OF_MEMORY
+            lines.append({column: line.get(column, "") for column in columns})
     return lines
+
+
+def _times(
+    kind: str,
+    name: str,
+    begun: Begun,
+    seconds: Mapping[str, list[float]],
+    steps: int,
+    floor: float,
+) -> dict[str, Any]:
+    """The columns of a side that has run; `steps`: rows times ACT steps, `floor`: seconds."""
+    median = statistics.median(seconds[name])
+    return {
+        "dtype": str(begun.side.dtype).removeprefix("torch."),
+        "ms": round(1000 * median, 2),
+        "samples/s": round(steps / median, 2),
+        "floor ms": round(1000 * floor, 2),
+        "floor / time": round(floor / median, 3),
+        "first two s": round(begun.seconds[kind], 1),
+        "GiB": round(begun.gib[kind], 2),
+        **_ratios(name, seconds),
+    }
+
+
+def _begin(
+    name: str,
+    config: TRMConfig,
+    batch_size: int,
+    device: torch.device,
+    batches: list[dict[str, Tensor]],
+) -> Begun:
+    before = peak_gib()
+    side = Side(name, config, batch_size, device)
+    seconds, gib = {}, {}
+    for kind in KINDS:
+        release_memory()
+        seconds[kind] = sum(seconds_of(partial(side.of(kind), batch)) for batch in batches)
+        gib[kind] = peak_gib() - before
+    return Begun(side=side, seconds=seconds, gib=gib)
+
+
+def _columns(sides: list[str], device: torch.device) -> list[str]:
+    compiled = any(side.startswith("plain compiled") for side in sides)
+    return [
+        *("size", "what", "side", "dtype", "rows", "ms", "samples/s", "times plain"),
+        *(("times plain compiled",) if compiled else ()),
+        *("floor ms", "floor / time", "first two s"),
+        *(("GiB",) if device.type == "cuda" else ()),
+    ]
+
+
+def _ratios(side: str, seconds: Mapping[str, list[float]]) -> dict[str, Any]:
+    """Ratios to plain, and of compiled sides to plain compiled in the same dtype, if measured."""
+    base = "plain compiled" + (" bfloat16" if "bfloat16" in side else "")
+    bases = {
+        "times plain": "plain",
+        "times plain compiled": base if "compiled" in side else "",
+    }
+    return {
+        column: faster(seconds[base], seconds[side]) if base in seconds else ""
+        for column, base in bases.items()
+    }
 
 
 class Side:
     """The plain trainer, or ours on the same weights."""
 
-    def __init__(self, side: str, config: TRMConfig, batch: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        side: str,
+        config: TRMConfig,
+        batch: int,
+        device: torch.device,
+        *,
+        micro_batch_size: int | None = None,
+    ) -> None:
         self.device = device
         self.plain: PlainTrainer | None = None
-        kind, _, dtype = side.partition(" ")
-        if dtype == "bfloat16":
+        words = side.split()
+        if "bfloat16" in words:
             config = replace(config, forward_dtype="bfloat16")
         ours = TRM(config, seed=0).to(device)
         self.dtype = ours.dtype
         rows = random_rows(config, batch, 0, device)
-        if kind == "plain":
+        if "plain" in words:
             plain = PlainTRM(config, ours.dtype).to(device)
             plain.load_state_dict(ours.state_dict())
-            self.plain = PlainTrainer(plain, batch_size=batch)
+            compiled = "compiled" in words
+            self.plain = PlainTrainer(plain, batch_size=batch, compiled=compiled)
             return
-        if kind == "compiled":
+        if "compiled" in words:
             ours.fuse()
         weights = dict(ours.named_parameters())
-        self.config = TrainingConfig(batch_size=batch, lr_warmup_steps=0)
+        self.config = TrainingConfig(
+            batch_size=batch, micro_batch_size=micro_batch_size, lr_warmup_steps=0
+        )
         self.state = TrainState(
             step=0,
             model=ours,
@@ -259,16 +348,6 @@ def optimizer_seconds(config: TRMConfig, device: torch.device) -> float:
     target = torch.zeros_like(source)
     copied = min(seconds_of(lambda: target.copy_(source)) for _ in range(10))
     return copied * (5 + 4) / (5 + 5)
-
-
-def _allocated(device: torch.device, *, peak: bool = False) -> float:
-    """GiB of a GPU that are taken, or were at most since this was last asked without `peak`."""
-    if device.type != "cuda":
-        return 0.0
-    if peak:
-        return torch.cuda.max_memory_allocated() / 2**30
-    torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated() / 2**30
 
 
 def _cycling(

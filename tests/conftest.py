@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,20 @@ from helpers import ASKED, TRAINED, config_of, object_store, write_tasks
 
 from hybrid.arc import Task, load_tasks
 from hybrid.config import Config
+
+HERE = Path(__file__).parent
+# A GPU machine without Ray runs `pytest -m gpu`; other tests import what it lacks.
+collect_ignore = [
+    path.name
+    for path in HERE.iterdir()
+    if find_spec("ray") is None and path.name not in ("conftest.py", "gpu")
+]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Accept the setting of pytest-timeout where that is not installed."""
+    if find_spec("pytest_timeout") is None:
+        parser.addini("timeout", "seconds that a test may take")
 
 
 @pytest.fixture(autouse=True)

@@ -238,13 +238,20 @@ def train_as_rank(
     store: Path,
     config: Config,
     adamw: bool = False,
+    device: str = "cpu",
 ) -> None:
-    """One of several training processes that meet over the loopback."""
+    """One of several training processes that meet over the loopback, or of several GPUs."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    backend, mine = "gloo", torch.device("cpu")
+    if device == "cuda":
+        backend, mine = "nccl", torch.device("cuda", rank)
+        torch.cuda.set_device(mine)
     if adamw:
         state.AdamAtan2 = ClippedAdamW  # type: ignore[assignment, misc]
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    loop(config, ProcessGroupContext(torch.device("cpu")))
+    dist.init_process_group(
+        backend, init_method=f"file://{store}", rank=rank, world_size=world_size
+    )
+    loop(config, ProcessGroupContext(mine))
     dist.destroy_process_group()
 
 

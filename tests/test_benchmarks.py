@@ -77,7 +77,6 @@ def test_what_is_recorded_says_where_it_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
-    monkeypatch.setattr(measure, "HISTORY", tmp_path / "history.jsonl")
     for number in (1, 2):
         measure.record("thing", [{"ms": number}])
     newest = json.loads((tmp_path / "thing.json").read_text())
@@ -85,13 +84,25 @@ def test_what_is_recorded_says_where_it_was_measured(
     assert newest["torch"] == torch.__version__ and newest["processor"] and newest["commit"]
     lines = (tmp_path / "history.jsonl").read_text().splitlines()
     assert [json.loads(line)["found"][0]["ms"] for line in lines] == [1, 2]
+    measure.record("thing", [{"ms": 3}], tmp_path / "elsewhere")
+    assert json.loads((tmp_path / "elsewhere" / "thing.json").read_text())["found"] == [{"ms": 3}]
+
+
+def test_the_commit_is_unknown_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COMMIT", raising=False)
+    monkeypatch.setenv("PATH", "")
+    assert measure.commit() == "unknown"
+    monkeypatch.setenv("COMMIT", "abc1234")
+    assert measure.commit() == "abc1234"
 
 
 @pytest.mark.parametrize(
     "sides",
     [
         ["plain", "eager", "plain bfloat16", "eager bfloat16"],
-        pytest.param(["plain", "compiled", "compiled bfloat16"], marks=pytest.mark.slow),
+        pytest.param(
+            ["compiled", "plain", "compiled bfloat16", "plain compiled"], marks=pytest.mark.slow
+        ),
     ],
 )
 def test_steps_are_measured_on_every_side(sides: list[str]) -> None:
@@ -105,7 +116,37 @@ def test_steps_are_measured_on_every_side(sides: list[str]) -> None:
         assert line["floor ms"] > 0 and line["floor / time"] > 0
         acts = 1 if line["what"] == "train" else TINY.halt_max_steps
         assert line["samples/s"] == pytest.approx(4 * acts / line["ms"] * 1000, rel=1e-2)
+        compared = line.get("times plain compiled", "")
+        assert bool(compared) == ("plain compiled" in sides and line["side"][-8:] == "compiled")
     assert measure.table(lines).count("\n") == len(lines)
+
+
+def test_a_side_that_runs_out_of_memory_leaves_the_others_their_results(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train = steps.Side.train
+
+    def full(side: steps.Side, batch: dict[str, torch.Tensor]) -> None:
+        if side.plain:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        train(side, batch)
+
+    monkeypatch.setattr(steps.Side, "train", full)
+    lines = steps.compare("tiny", TINY, 4, CPU, ["plain", "eager"], rounds=2, calls=1)
+    assert [line["ms"] for line in lines if line["side"] == "plain"] == ["out of memory"] * 2
+    assert all(line["ms"] > 0 for line in lines if line["side"] == "eager")
+    assert measure.table(lines).count("out of memory") == 2
+
+
+def test_turns_go_on_without_a_side_that_runs_out_of_memory() -> None:
+    calls = iter(range(10))
+
+    def full() -> None:
+        if next(calls):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    seconds = measure.in_turns({"full": full, "small": lambda: None}, rounds=3)
+    assert len(seconds.pop("small")) == 3 and not seconds
 
 
 def test_all_sides_train_the_same_weights() -> None:

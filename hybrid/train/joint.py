@@ -20,7 +20,7 @@ from hybrid.context import RunContext
 from hybrid.dataset import Dataset, Stream
 from hybrid.dataset.stream import Rows, by_side
 from hybrid.evaluate import Validation, play, validate
-from hybrid.llm import open_reader
+from hybrid.llm import Reader, open_reader
 from hybrid.solver import Attempt, HybridSolver, Judge, Nothing, Oracle, attempts, read_out
 from hybrid.solver.feedback import Confidence
 from hybrid.train.loop import Result, train
@@ -39,11 +39,19 @@ class Joint:
     project = "arc-hybrid-joint"
     sections = ("trm", "training", "llama", "adapter", "feedback")
 
-    def __init__(self, config: Config, dataset: Dataset, context: RunContext, slots: range) -> None:
+    def __init__(
+        self,
+        config: Config,
+        dataset: Dataset,
+        context: RunContext,
+        slots: range,
+        reader: Reader | None = None,
+    ) -> None:
+        """`reader` replaces the one that config.llama describes."""
         self.config = config
         self.context = context
-        self.reader = None
-        if config.adapter.inject != "none":
+        self.reader = reader
+        if reader is None and config.adapter.inject != "none":
             self.reader = open_reader(
                 config.llama,
                 context.device,

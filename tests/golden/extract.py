@@ -1,6 +1,6 @@
 """Cut the golden files of the TRM room to what its tests read, float32 kept exact.
 
-    python tests/golden/extract.py /work/shared/golden
+    PYTHONPATH=. python tests/golden/extract.py FOLDER
 
 A, A_bf16, B  ACT steps 0 and 3 of 4: loss, metrics, halt logits and logits of all four rows; of
               rows 2 and 3 the carries that go into step 3 and come out of it.
@@ -8,37 +8,22 @@ C             all that a step of the trajectory is checked by; of the averaged w
 F             logits, labels, loss and gradient; for "normal" also from bfloat16 logits.
 
 Weights are not copied: the reference drew them (truncated normal, float32) from a seeded Mersenne
-twister, so a file holds the seed and, per weight, the distance in ulps from a float64 draw.
+twister, so a file holds the seed and, per weight, the distance in ulps from a float64 draw;
+benchmarks/golden.py reads it.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import torch
+
+from benchmarks.golden import ROWS, STEPS, Arrays, draw
 
 HERE = Path(__file__).parent
-STEPS = [0, 3]
-"""ACT steps kept: the one that starts afresh and the one that ends the row."""
-ROWS = [2, 3]
-"""Rows whose carries are kept; row 3 has the blank puzzle."""
-
-Arrays = dict[str, np.ndarray]
-
-
-def draw(stream: np.random.RandomState, shape: tuple[int, ...]) -> np.ndarray:
-    """The next weight matrix of a published model, std 1/sqrt(last axis), up to a few ulps."""
-    inside = math.erf(math.sqrt(2))
-    cut_std = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / inside)
-    bits = stream.randint(0, 2**32, size=shape, dtype=np.uint32) & (2**24 - 1)
-    uniform = inside * (2 * bits / 2**24 - 1)
-    normal = math.sqrt(2) * torch.erfinv(torch.from_numpy(uniform)).numpy()
-    return (normal / math.sqrt(shape[-1]) / cut_std).astype(np.float32)
 
 
 def pack(state: Mapping[str, np.ndarray], seed: int) -> Arrays:
@@ -53,20 +38,6 @@ def pack(state: Mapping[str, np.ndarray], seed: int) -> Arrays:
         # The halt head was drawn too, then overwritten: its distances are huge, and still exact.
         packed[f"ulps.{name}"] = ulps.astype(np.int8) if abs(ulps).max() < 128 else ulps
     return packed
-
-
-def unpack(file: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """The state dict that `pack` was given, bit for bit."""
-    stream = np.random.RandomState(int(file["seed"]))
-    state: Arrays = {}
-    for key in file:
-        kind, _, name = key.partition(".")
-        if kind == "raw":
-            state[name] = file[key]
-        elif kind == "ulps":
-            near = draw(stream, file[key].shape).view(np.int32).astype(np.int64)
-            state[name] = (near + file[key]).astype(np.int32).view(np.float32)
-    return {name: torch.from_numpy(value) for name, value in state.items()}
 
 
 def with_prefix(file: Mapping[str, np.ndarray], prefix: str) -> Arrays:

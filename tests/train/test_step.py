@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden.extract import unpack
 from helpers import feed_of, next_batch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.golden import unpack
 from hybrid.config import Config, TrainingConfig
 from hybrid.context import LocalContext
 from hybrid.dataset import Dataset, Stream

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -22,14 +23,19 @@ from hybrid.trm import (
 LR, PUZZLE_LR, DECAY, RATE = 1e-3, 1e-2, 0.1, 0.9
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_six_steps_of_the_baseline_are_ours(
-    tiny: Callable[..., TRMConfig], batch_of: Callable[..., dict[str, Tensor]]
+    tiny: Callable[..., TRMConfig], batch_of: Callable[..., dict[str, Tensor]], compiled: bool
 ) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     config = tiny(hidden_size=32, halt_max_steps=3, halt_exploration_prob=0.5, L_layers=2)
     ours = TRM(config, seed=1).train()
     theirs = PlainTRM(config)
     theirs.load_state_dict(ours.state_dict())
-    trainer = PlainTrainer(theirs, batch_size=4, weight_decay=DECAY, ema_rate=RATE)
+    trainer = PlainTrainer(
+        theirs, batch_size=4, weight_decay=DECAY, ema_rate=RATE, compiled=compiled
+    )
     weights = dict(ours.named_parameters())
     adam, average = AdamAtan2(weights, weight_decay=DECAY), MovingAverage(weights, RATE)
     carry = None
@@ -75,6 +81,9 @@ def test_six_steps_of_the_baseline_are_ours(
             carry, out = ours.act_step(carry, rows)
     assert torch.equal(tokens, out.logits.argmax(-1))
     torch.testing.assert_close(q_halt, out.q_halt, rtol=0, atol=1e-4)
+    # One graph each for training and for evaluation.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2 * compiled
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_its_loss_is_the_naive_form_of_ours() -> None:

@@ -1,0 +1,1 @@
+"""A check of a GPU machine: same numbers as the published code, exact resuming, and speed."""

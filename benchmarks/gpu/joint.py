@@ -1,0 +1,195 @@
+"""Joint training around a LLaMA of 8B shape with random weights, and what an attempt costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers import LlamaConfig as Shape
+
+from benchmarks.gpu.session import Session, experiment, median_seconds
+from benchmarks.measure import peak_gib
+from hybrid.config import Config
+from hybrid.context import LocalContext
+from hybrid.llm import LlamaConfig, Reader
+from hybrid.llm.attention import use_grouped_attention
+from hybrid.llm.backbone import Backbone
+from hybrid.llm.tiny import tiny_random
+from hybrid.train.joint import Joint
+from hybrid.train.loop import train
+from hybrid.train.runlog import read_metrics
+
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+}
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 16384,
+}
+SMALL_TRM = {
+    "hidden_size": 32,
+    "num_heads": 2,
+    "expansion": 1,
+    "L_layers": 1,
+    "H_cycles": 2,
+    "L_cycles": 1,
+    "puzzle_emb_ndim": 32,
+    "puzzle_emb_len": 1,
+}
+STEPS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Settings of a joint run."""
+
+    rows: int
+    recompute: bool = False
+    cudnn: bool = True
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        return (
+            f"{_rows(self.rows)}, {'compiled' if self.compiled else 'eager'},"
+            f" recompute {_on(self.recompute)}, cuDNN attention {_on(self.cudnn)}"
+        )
+
+
+TINY_CASES = (Case(rows=1, recompute=True), Case(rows=8))
+CASES = (
+    Case(rows=1, recompute=True),
+    Case(rows=1),
+    Case(rows=1, cudnn=False),
+    Case(rows=8, cudnn=False),
+    Case(rows=8, recompute=True),
+    Case(rows=1, recompute=True, compiled=True),
+)
+PREDICTED_GIB = {Case(rows=1, recompute=True): 22}
+
+
+def run(session: Session) -> None:
+    """Measure joint steps, then an attempt against reading its problem again."""
+    shape = SMALL if session.tiny else LLAMA_8B
+    reader = None
+    with session.measuring("model"):
+        llama = LlamaConfig(model="tiny-random", max_prompt_tokens=2000, batch_size=1)
+        reader = random_reader(shape, llama, session.dtype, session.device)
+        session.record("model", GiB=peak_gib())
+    if reader is None:
+        return
+    for case in TINY_CASES if session.tiny else CASES:
+        _step(session, reader, case)
+    for rows in (1, 8):
+        _attempt(session, reader.backbone, rows)
+
+
+def random_reader(
+    shape: dict[str, int], config: LlamaConfig, dtype: torch.dtype, device: torch.device
+) -> Reader:
+    """A reader around a LLaMA of `shape` with random weights and a tokenizer of bytes."""
+    with device:
+        model: Any = AutoModelForCausalLM.from_config(Shape(**shape), dtype=dtype)
+    use_grouped_attention(model)
+    return Reader(Backbone(model, tiny_random(dtype)[1], config, "none"))
+
+
+class Uncalibrated(Joint):
+    """Joint training that does not read 64 problems to calibrate its adapter first."""
+
+    def start(self) -> None:
+        """Keep the statistics that the adapter begins with."""
+
+
+def hybrid_config(
+    root: Path, device: torch.device, *, tiny: bool, run: str, compiled: bool, **training: Any
+) -> Config:
+    """Config of a joint run: the published TRM, or a small one that takes milliseconds."""
+    return experiment(
+        root,
+        device,
+        {
+            "training": ["arc1-training"],
+            "evaluation": [],
+            "variants": 2,
+            "max_side": 6 if tiny else 30,
+        },
+        trm=SMALL_TRM if tiny else {},
+        llama={"model": "tiny-random", "max_prompt_tokens": 2000, "batch_size": 1},
+        adapter={"hidden": 32, "prefix_tokens": 8} if tiny else {},
+        feedback={"source": "none"},
+        training={"steps": STEPS, "max_attempts": 3 if tiny else 16, **training},
+        cluster={"compile": compiled},
+        logging={"run": run},
+    )
+
+
+def _step(session: Session, reader: Reader, case: Case) -> None:
+    with session.measuring(str(case)):
+        torch.backends.cuda.enable_cudnn_sdp(case.cudnn)
+        config = hybrid_config(
+            session.scratch,
+            session.device,
+            tiny=session.tiny,
+            run=str(case),
+            compiled=case.compiled,
+            batch_size=case.rows,
+            recompute=case.recompute,
+        )
+        train(config, LocalContext(session.device), partial(Uncalibrated, reader=reader))
+        lines = read_metrics(config.run_folder / "metrics.jsonl")
+        seconds = [line["seconds_per_step"] for line in lines if "loss" in line]
+        session.record(
+            str(case),
+            attempts=config.training.max_attempts,
+            **{
+                "s a step": round(seconds[-1], 3),
+                "all steps s": " ".join(f"{value:.2f}" for value in seconds),
+                "GiB": peak_gib(),
+                "predicted GiB": session.predicted(PREDICTED_GIB.get(case)),
+            },
+        )
+
+
+@torch.no_grad()
+def _attempt(session: Session, backbone: Backbone, rows: int) -> None:
+    tokens = 200 if session.tiny else 2000
+    what = f"attempt of {_rows(rows)}"
+    with session.measuring(what):
+        problems = [[5] * tokens] * rows
+        problem = median_seconds(lambda: backbone.encode(problems), calls=3, warm_up=1)
+        encoding = backbone.encode(problems)
+        latent = torch.zeros(rows, 8, backbone.hidden_size, device=session.device)
+        attempt = median_seconds(
+            lambda: backbone.read(encoding, latent, [[7] * 25] * rows, recompute=False)
+        )
+        session.record(
+            what,
+            **{
+                "attempt ms": round(1000 * attempt, 2),
+                f"reading {tokens} tokens again ms": round(1000 * problem, 2),
+                "ratio": round(attempt / problem, 4),
+            },
+        )
+
+
+def _rows(rows: int) -> str:
+    return f"{rows} {'row' if rows == 1 else 'rows'}"
+
+
+def _on(value: bool) -> str:
+    return "on" if value else "off"
