@@ -17,9 +17,7 @@ BENCHMARKS = {
     "attempt_cost": "benchmarks.attempt_cost",
     "ray_overhead": "benchmarks.ray_overhead",
 }
-"""In this order, under 15 minutes on two cores altogether. Not here: `canvas`, half an hour, and
-`scale_model --measure`, whose numbers docs/scale.md computes with.
-"""
+"""The benchmarks of `make bench`, in order. `canvas` takes half an hour and runs by hand."""
 
 
 def main() -> int:

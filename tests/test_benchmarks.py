@@ -19,7 +19,6 @@ from benchmarks import (
     measure,
     page,
     ray_overhead,
-    scale_model,
     steps,
     stream,
     vote,
@@ -214,12 +213,6 @@ def test_a_row_of_a_table_is_a_line_of_the_page() -> None:
         "| --- | --- | --- |",
         "| ours | 12346 | 1.50 (1.25-1.75) |",
     ]
-
-
-def test_the_cost_model_counts_the_operations_of_our_own_step() -> None:
-    recorded = json.loads(scale_model.PARTS.read_text())["operations of a step"]
-    [counted] = scale_model._operations().values()
-    assert counted == pytest.approx(recorded, rel=0.02)
 
 
 def test_make_bench_names_benchmarks_that_are_there() -> None:

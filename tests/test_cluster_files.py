@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-import runpy
 import shlex
 import zipfile
 from pathlib import Path
@@ -26,7 +25,7 @@ from hybrid.context import worker_slots
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "configs/cluster"
 FILES = [CLUSTER / f"{name}.yaml" for name in ("rayjob", "aws", "runtime_env")]
-GUIDES = [ROOT / "docs/cluster.md", ROOT / "docs/scale.md"]
+GUIDES = [ROOT / "docs/cluster.md"]
 MOST_BYTES = 3_000_000
 PYTHON = "py311"
 
@@ -279,12 +278,3 @@ def test_aws_nodes_see_the_root_and_get_the_package() -> None:
         for flag in re.findall(r"(?<=\s)--[\w-]+", start.split("ray start")[1].split("nohup")[0]):
             known = {option for p in cli.commands["start"].params for option in p.opts}
             assert flag in known
-
-
-# The cost model
-
-
-def test_the_table_in_the_document_is_what_the_script_prints() -> None:
-    model = runpy.run_path(str(ROOT / "benchmarks/scale_model.py"))
-    parts = json.loads(model["PARTS"].read_text())
-    assert model["tables"](parts) in (ROOT / "docs/scale.md").read_text()
