@@ -33,6 +33,11 @@ TOKENS = {"inputs", "labels"}
 TRANSPOSING = np.array([transform(np.empty((1, 2))).shape == (2, 1) for transform in DIHEDRAL])
 
 
+ROW_ORDER = 2
+"""Version of the assignment of rows to slots, kept in checkpoints. In version 1 slots took rows of
+any canvas."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
     """The rows of one epoch, [R] each."""

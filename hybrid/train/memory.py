@@ -71,8 +71,8 @@ def block_bytes(trm: TRMConfig, width: int, *, compiled: bool, on_cpu: bool) -> 
     else:
         # Input of the projection and of the output's; q, k rotated, and v as a view of q, k and v.
         mix = 2 * width * D + 5 * width * D + 4 * trm.num_heads
-        if on_cpu and width < 4:  # where q, k, v and the result are float32
-            mix = 2 * width * D + 4 * 4 * D + 4 * trm.num_heads
+        if on_cpu and width < 4:  # where attention keeps its scores
+            mix += width * trm.num_heads * N
     return N * (norms + mlp + mix)
 
 

@@ -12,6 +12,7 @@ from hybrid.checkpoint import Checkpoint, newest
 from hybrid.config import Config, differences, to_dict
 from hybrid.context import worker_slots
 from hybrid.dataset import Dataset, Stream
+from hybrid.dataset.stream import ROW_ORDER
 from hybrid.errors import UserError
 from hybrid.llm import check_model
 from hybrid.llm.known import is_path
@@ -107,10 +108,11 @@ def refuse_changes(
     if changed:
         raise UserError(f"{where}: holds a run of another config ({'; '.join(changed)})")
     placing = checkpoint.state["dataset"].get("canvas")
-    if placing is None:
+    order = checkpoint.state["dataset"].get("row_order")
+    if placing is None or (placing == "bucketed" and order != ROW_ORDER):
         raise UserError(
-            f"{where}: holds a run of an older version, which knew one canvas; start from it with"
-            " trm.init_from"
+            f"{where}: holds a run of an older version, which takes training rows in another order;"
+            " start a new run from it with trm.init_from"
         )
     if placing != dataset.placing:
         raise UserError(

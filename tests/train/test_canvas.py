@@ -337,21 +337,28 @@ def test_another_dataset_is_refused_whatever_the_config_says(untold: Config, roo
         check(full, "trm", SECTIONS)
 
 
-def test_a_run_of_before_there_were_canvases_is_told_in_one_line(root: Path) -> None:
-    """Its fingerprint and FORMAT are today's, but its slots do not know their side."""
-    first = config_on(root, "full", "old", training={"steps": 1})
+@pytest.mark.parametrize("canvas", ["full", "bucketed"])
+def test_a_run_whose_rows_came_in_another_order_is_refused_in_one_line(
+    root: Path, canvas: str
+) -> None:
+    """Fingerprint and FORMAT are today's. On the full canvas the run is older than canvases and its
+    slots have no side; on bucketed ones its slots took rows of any side.
+    """
+    first = config_on(root, canvas, "old", training={"steps": 1})
     whole = read(pretrain(first, CPU).checkpoint)
     partial = shutil.copytree(whole.folder, whole.folder.with_suffix(".partial"))
     (partial / "state.json").unlink()
     described = {k: v for k, v in whole.state.items() if k not in ("format", "files")}
-    del described["config"]["data"]["canvas"], described["dataset"]["canvas"]
-    for path in partial.glob("slots_*"):
-        slots = load_file(path)
-        del slots["current.side"]
-        save_file(slots, path)
+    del described["dataset"]["row_order"]
+    if canvas == "full":
+        del described["config"]["data"]["canvas"], described["dataset"]["canvas"]
+        for path in partial.glob("slots_*"):
+            slots = load_file(path)
+            del slots["current.side"]
+            save_file(slots, path)
     seal(partial, whole.folder, described, {})
     with pytest.raises(UserError, match=r"of an older version.*trm\.init_from") as error:
-        pretrain(config_on(root, "full", "old", training={"steps": 2}), CPU)
+        pretrain(config_on(root, canvas, "old", training={"steps": 2}), CPU)
     assert "\n" not in str(error.value)
 
 
