@@ -344,7 +344,7 @@ def test_a_run_whose_rows_came_in_another_order_is_refused_in_one_line(
     """Fingerprint and FORMAT are today's. On the full canvas the run is older than canvases and its
     slots have no side; on bucketed ones its slots took rows of any side.
     """
-    first = config_on(root, canvas, "old", training={"steps": 1})
+    first = config_on(root, canvas, f"old-{canvas}", training={"steps": 1})
     whole = read(pretrain(first, CPU).checkpoint)
     partial = shutil.copytree(whole.folder, whole.folder.with_suffix(".partial"))
     (partial / "state.json").unlink()
@@ -358,7 +358,7 @@ def test_a_run_whose_rows_came_in_another_order_is_refused_in_one_line(
             save_file(slots, path)
     seal(partial, whole.folder, described, {})
     with pytest.raises(UserError, match=r"of an older version.*trm\.init_from") as error:
-        pretrain(config_on(root, canvas, "old", training={"steps": 2}), CPU)
+        pretrain(config_on(root, canvas, f"old-{canvas}", training={"steps": 2}), CPU)
     assert "\n" not in str(error.value)
 
 
