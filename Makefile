@@ -17,7 +17,7 @@ demo: $(VENV)/installed
 	$(BIN)/python jobs/prepare.py --config $(DEMO)
 	$(BIN)/python jobs/pretrain.py --config $(DEMO)
 	$(BIN)/python jobs/evaluate.py --config $(DEMO)
-	$(BIN)/python jobs/encode.py --config $(HYBRID)
+	$(BIN)/python jobs/cache_prompts.py --config $(HYBRID)
 	$(BIN)/python jobs/joint.py --config $(HYBRID)
 	$(BIN)/python jobs/evaluate.py --config $(HYBRID)
 

@@ -21,7 +21,7 @@ from benchmarks.measure import faster, in_turns, record, table
 from hybrid.adapters import AdapterConfig
 from hybrid.llm import LlamaConfig, open_reader
 from hybrid.llm.attention import NAME
-from hybrid.solver import Confidence, FeedbackConfig, Seen
+from hybrid.solver import AttemptResult, Confidence, FeedbackConfig
 from hybrid.solver.feedback import MOST_CELLS
 
 PROBLEM_TOKENS = 2000
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("models", nargs="?", type=Path, default=Path("out/models"))
     models = parser.parse_args().models
     cpu = torch.device("cpu")
-    reader = open_reader(LlamaConfig(), cpu, models=models, encodings=models)
+    reader = open_reader(LlamaConfig(), cpu, models=models, prompt_cache=models)
     problem = torch.randint(100, 40_000, (PROBLEM_TOKENS,)).tolist()
     k, hidden = AdapterConfig().prefix_tokens, reader.backbone.hidden_size
     latent = torch.randn(1, k, hidden) * reader.backbone.embedding_scale
@@ -73,9 +73,11 @@ def main() -> None:
 
 def feedback_line() -> str:
     """The default feedback on an attempt."""
-    doubts = tuple((row, 10 + row, 5) for row in range(MOST_CELLS))
+    least_confident = tuple((row, 10 + row, 5) for row in range(MOST_CELLS))
     grid = torch.zeros(30, 30, dtype=torch.uint8).numpy()
-    seen = Seen(row=0, tokens=grid.ravel(), grid=grid, confidence=0.43, doubts=doubts)
+    seen = AttemptResult(
+        row=0, tokens=grid.ravel(), grid=grid, confidence=0.43, least_confident=least_confident
+    )
     return Confidence(FeedbackConfig())(12, [seen])[0].text
 
 

@@ -23,10 +23,10 @@ import numpy as np
 
 from benchmarks.measure import record, table
 from hybrid.arc import Rate, Task, load_tasks, string_to_grid
-from hybrid.cluster import evaluate, pretrain
 from hybrid.config import Config, load
 from hybrid.dataset import Dataset, prepare
-from hybrid.train.runlog import read_metrics
+from hybrid.launch import evaluate, pretrain
+from hybrid.train.tracking import read_metrics
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 SIDE = 16
@@ -105,7 +105,7 @@ def of(root: Path, canvas: str, steps: int) -> Config:
             f"data.canvas={canvas}",
             f"training.steps={steps}",
             f"training.save_every={steps}",
-            "training.probe_pairs=0",
+            "training.train_accuracy_pairs=0",
             "cluster.num_workers=0",
             "logging.wandb=false",
             f"logging.run={canvas}",

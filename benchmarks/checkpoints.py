@@ -25,7 +25,7 @@ from hybrid.checkpoint import newest
 from hybrid.config import Config, load
 from hybrid.context import LocalContext
 from hybrid.dataset import Dataset, prepare
-from hybrid.train.saving import save_checkpoint
+from hybrid.train.checkpointing import save_checkpoint
 from hybrid.train.state import TrainState, fresh, restore
 
 CPU = torch.device("cpu")
@@ -112,7 +112,7 @@ def _tensors(state: TrainState) -> dict[str, torch.Tensor]:
     """All that a checkpoint holds."""
     parts = {
         "model": state.model.state_dict(),
-        "average": state.average.shadow,
+        "average": state.ema.values,
         "m": state.optimizer.m,
         "v": state.optimizer.v,
         "carry": state.carry.tensors(),

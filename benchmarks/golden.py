@@ -21,7 +21,7 @@ from hybrid.trm import (
     TRM,
     AdamAtan2,
     Carry,
-    MovingAverage,
+    ExponentialMovingAverage,
     act_loss,
     learning_rate,
     sign_sgd_,
@@ -136,7 +136,7 @@ class Trajectory:
     steps: dict[str, Tensor]
     """[6, ...] by the names of the recorded tensors, without `step.`."""
     model: TRM
-    average: MovingAverage
+    ema: ExponentialMovingAverage
     recorded: dict[str, Tensor]
 
     def differences(self) -> Tensor:
@@ -168,7 +168,7 @@ def trajectory(device: torch.device, *, fused: bool = False, **changes: Any) -> 
     adam = AdamAtan2(
         weights, betas=(hyper["beta1"], hyper["beta2"]), weight_decay=hyper["weight_decay"]
     )
-    average = MovingAverage(weights, hyper["ema_rate"])
+    ema = ExponentialMovingAverage(weights, hyper["ema_rate"])
 
     def rate(step: int, base: float) -> float:
         return learning_rate(
@@ -196,13 +196,13 @@ def trajectory(device: torch.device, *, fused: bool = False, **changes: Any) -> 
             weight_decay=hyper["puzzle_emb_weight_decay"],
         )
         adam.step(rate(i, hyper["lr"]))
-        average.update()
+        ema.update()
         model.zero_grad()
         steps.append(step | {"puzzle_emb_weights": model.puzzle_table.clone()})
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert compiled >= 2 * fused, "not compiled with and without gradient"
     stacked = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
-    return Trajectory(steps=stacked, model=model, average=average, recorded=theirs)
+    return Trajectory(steps=stacked, model=model, ema=ema, recorded=theirs)
 
 
 def _backward(

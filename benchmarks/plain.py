@@ -264,7 +264,7 @@ class PlainTrainer:
         self.carry: PlainCarry | None = None
         self.m = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
         self.v = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-        self.shadow = {name: p.data.clone() for name, p in model.named_parameters()}
+        self.values = {name: p.data.clone() for name, p in model.named_parameters()}
 
     def step(
         self,
@@ -321,8 +321,8 @@ class PlainTrainer:
     @torch.no_grad()
     def _average(self) -> None:
         for name, p in self.model.named_parameters():
-            old = self.shadow[name].clone()
-            self.shadow[name] = (1.0 - self.ema_rate) * p.data + self.ema_rate * old
+            old = self.values[name].clone()
+            self.values[name] = (1.0 - self.ema_rate) * p.data + self.ema_rate * old
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -332,7 +332,7 @@ class PlainTrainer:
             self.averaged = model, head
         model.puzzle_table.copy_(self.model.puzzle_table)
         for name, p in model.named_parameters():
-            p.data.copy_(self.shadow[name])
+            p.data.copy_(self.values[name])
         carry = model.initial_carry(batch)
         while True:
             carry, _, _, tokens, q_halt = head(carry, batch)

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import faster, record, table
-from hybrid.cluster import pretrain
 from hybrid.config import Config, load
 from hybrid.dataset import prepare
-from hybrid.train.runlog import read_metrics
+from hybrid.launch import pretrain
+from hybrid.train.tracking import read_metrics
 
 SKIPPED_LINES = 2
 SIDES = {0: "one process", 1: "one Ray worker", 2: "two Ray workers"}
@@ -70,7 +70,7 @@ def config(root: Path, number: int, size: Size, workers: int, turn: int) -> Conf
             f"paths.root={root}/{number}",
             f"training.steps={size.steps}",
             f"training.save_every={size.steps}",
-            "training.probe_pairs=0",
+            "training.train_accuracy_pairs=0",
             f"cluster.num_workers={workers}",
             "cluster.cpus_per_worker=0.5",  # two workers and who makes their rows, on two cores
             f"logging.run=turn{turn}-workers{workers}",
@@ -92,7 +92,7 @@ def timed(config: Config) -> dict[str, float]:
     steady = lines[SKIPPED_LINES:]
     step = statistics.median(m["seconds_per_step"] for m in steady)
     waiting = statistics.median(m["waiting_for_rows"] for m in steady)
-    return {"step": step, "beside": wall - step * lines[-1]["step"], "waiting": waiting}
+    return {"step": step, "compare_to": wall - step * lines[-1]["step"], "waiting": waiting}
 
 
 def compare(name: str, runs: dict[int, list[dict[str, float]]]) -> list[dict[str, Any]]:
@@ -104,7 +104,7 @@ def compare(name: str, runs: dict[int, list[dict[str, float]]]) -> list[dict[str
             "ms a step": round(1000 * statistics.median(r["step"] for r in found), 2),
             "times one process": faster([r["step"] for r in runs[0]], [r["step"] for r in found]),
             "getting rows": round(statistics.median(r["waiting"] for r in found), 3),
-            "s beside steps": round(statistics.median(r["beside"] for r in found), 1),
+            "s beside steps": round(statistics.median(r["compare_to"] for r in found), 1),
         }
         for workers, found in runs.items()
     ]

@@ -40,10 +40,10 @@ from benchmarks.measure import (
 from benchmarks.plain import PlainTrainer, PlainTRM
 from hybrid.config import EvaluationConfig, TrainingConfig, load
 from hybrid.context import LocalContext
-from hybrid.evaluate.solve import predict
+from hybrid.evaluate.trm_predictor import predict
+from hybrid.train.pretrain import train_step
 from hybrid.train.state import TrainState
-from hybrid.train.step import train_step
-from hybrid.trm import TRM, AdamAtan2, MovingAverage, TRMConfig
+from hybrid.trm import TRM, AdamAtan2, ExponentialMovingAverage, TRMConfig
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 KINDS = ("train", "evaluate")
@@ -276,10 +276,10 @@ class Side:
             step=0,
             model=ours,
             optimizer=AdamAtan2(weights),
-            average=MovingAverage(weights, 0.999),
+            ema=ExponentialMovingAverage(weights, 0.999),
             slots=range(batch),
             carry=ours.initial_carry(rows),
-            taken=torch.zeros(batch, dtype=torch.int64),
+            rows_consumed=torch.zeros(batch, dtype=torch.int64),
             trained_on=[],
         )
 
@@ -300,7 +300,7 @@ class Side:
         trm = self.state.trm.eval()
         tokens = batch["inputs"].to(torch.uint8).cpu().numpy()
         rows = trm.puzzle_table[batch["puzzle_identifiers"].long()]
-        with self.state.average.applied():
+        with self.state.ema.applied():
             predict(trm, tokens, rows, EvaluationConfig(batch_size=len(tokens)))
 
 

@@ -21,10 +21,11 @@ import torch
 
 from benchmarks.measure import faster, in_turns, record, table
 from benchmarks.plain import PlainTrainer, PlainTRM
-from hybrid.arc import encode_grid, tokens_to_grid, vote
+from hybrid.arc import tokenize_grid, tokens_to_grid, vote
 from hybrid.config import EvaluationConfig
 from hybrid.dataset import DataConfig, Dataset, prepare
-from hybrid.evaluate.solve import Question, Solver
+from hybrid.evaluate.questions import Question
+from hybrid.evaluate.trm_predictor import TRMPredictor
 from hybrid.trm import TRM, TRMConfig
 
 MODEL = TRMConfig(
@@ -47,7 +48,7 @@ def main() -> None:
         full, bucketed = (
             questions(Path(folder), canvas, asked.tasks, asked.views) for canvas in CANVASES
         )
-    solver = solver_of(trm)
+    solver = predictor_of(trm)
     seconds = in_turns(
         {
             "plain, full canvas": lambda: [plain_vote(trainer, question) for question in full],
@@ -101,9 +102,9 @@ class Blank:
         return torch.zeros(views, MODEL.puzzle_emb_ndim)
 
 
-def solver_of(trm: TRM) -> Solver:
+def predictor_of(trm: TRM) -> TRMPredictor:
     """A solver without a checkpoint: of these weights."""
-    solver = Solver.__new__(Solver)
+    solver = TRMPredictor.__new__(TRMPredictor)
     solver.config = EvaluationConfig()
     solver.model = trm
     solver.table = Blank()  # type: ignore[assignment]
@@ -114,7 +115,7 @@ def plain_vote(trainer: PlainTrainer, question: Question) -> list[Any]:
     """Candidates of each test input."""
     found = []
     for test in question.task.test:
-        rows = [encode_grid(view.apply(test.input), 30) for view in question.views]
+        rows = [tokenize_grid(view.apply(test.input), 30) for view in question.views]
         inputs = torch.from_numpy(np.stack(rows)).int()
         nobody = torch.zeros(len(inputs), dtype=torch.int32)
         batch = {"inputs": inputs, "labels": inputs, "puzzle_identifiers": nobody}

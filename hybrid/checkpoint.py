@@ -33,7 +33,8 @@ log = logging.getLogger(__name__)
 
 STATE = "state.json"
 TRAINED_ON = "trained_on.json"
-FORMAT = 1
+FORMAT = 2
+"""1 was written by versions before the renames of CHANGELOG.md."""
 Fingerprint = list[Any]
 
 
@@ -58,7 +59,7 @@ class Checkpoint:
     @property
     def name(self) -> str:
         """Of its folder: `step_00000100`."""
-        place = storage.place(self.folder)
+        place = storage.uri(self.folder)
         return (place.partition("?")[0] if storage.is_uri(place) else place).rpartition("/")[2]
 
     def files(self, prefix: str) -> list[Path]:
@@ -105,7 +106,7 @@ def seal(
     os.replace(partial, folder)
     _sync(folder.parent)
     for name in (*mine, STATE):
-        storage.publish(folder / name)
+        storage.upload(folder / name)
 
 
 def read(folder: str | Path, *, verified: bool = False) -> Checkpoint:
@@ -114,31 +115,34 @@ def read(folder: str | Path, *, verified: bool = False) -> Checkpoint:
     `verified`: another process has just read these very files, gigabytes need no second hashing.
     """
     folder = Path(folder)
-    where = storage.place(folder / STATE)
-    storage.obtain(folder / STATE)
+    where = storage.uri(folder / STATE)
+    storage.download(folder / STATE)
     try:
         state = json.loads((folder / STATE).read_text())
     except FileNotFoundError:
-        raise UserError(
-            f"{storage.place(folder)}: no checkpoint here ({STATE} is missing)"
-        ) from None
+        raise UserError(f"{storage.uri(folder)}: no checkpoint here ({STATE} is missing)") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{where}: cannot be read ({error})") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT or "files" not in state:
+    if not isinstance(state, dict) or "files" not in state:
         raise UserError(f"{where}: not a checkpoint of format {FORMAT}")
+    if state.get("format") != FORMAT:
+        raise UserError(
+            f"{where}: a checkpoint of format {state.get('format')}, this version reads format"
+            f" {FORMAT}; train again, or use the version that wrote it"
+        )
     if state.pop("sha256", None) != _checksum(state):
         raise UserError(f"{where}: damaged (not the file that was written)")
-    trusted = verified and not storage.is_copy(folder)
+    trusted = verified and not storage.is_cached(folder)
     for name, expected in () if trusted else state["files"].items():
         path = folder / name
         whole = _is(path, expected)
-        if not whole and storage.is_copy(path):
-            storage.obtain(path)
+        if not whole and storage.is_cached(path):
+            storage.download(path)
             whole = _is(path, expected)
         if not path.is_file():
-            raise UserError(f"{storage.place(path)}: missing")
+            raise UserError(f"{storage.uri(path)}: missing")
         if not whole:
-            raise UserError(f"{storage.place(path)}: damaged (not the file that was written)")
+            raise UserError(f"{storage.uri(path)}: damaged (not the file that was written)")
         if path.suffix == ".safetensors":
             _check_header(path)
     return Checkpoint(folder=folder, state=state)
@@ -153,9 +157,7 @@ def newest(checkpoints: Path) -> Checkpoint | None:
     damaged: list[UserError] = []
     for name in reversed(_steps(checkpoints)):
         if _on_its_way(checkpoints / name):
-            log.warning(
-                "checkpoint passed over: %s is not whole", storage.place(checkpoints / name)
-            )
+            log.warning("checkpoint passed over: %s is not whole", storage.uri(checkpoints / name))
             continue
         try:
             whole = read(checkpoints / name)
@@ -193,7 +195,7 @@ def _steps(checkpoints: Path) -> list[str]:
 
 def _on_its_way(folder: Path) -> bool:
     """On disk a checkpoint appears whole; into a store its files go one by one, STATE last."""
-    return storage.is_copy(folder) and not storage.exists(folder / STATE)
+    return storage.is_cached(folder) and not storage.exists(folder / STATE)
 
 
 def _checksum(state: Mapping[str, Any]) -> str:

@@ -43,7 +43,7 @@ def main(usage: str | None, run: Callable[[Config], Any], trains: str = "trm") -
         # Intermixed: overrides may stand on both sides of --dry-run.
         arguments = parser.parse_intermixed_args()
         config = configs.load(arguments.config, arguments.overrides)
-        _refuse_what_would_be_lost(config)
+        _check_paths_outlive_job(config)
         if arguments.dry_run:
             print(configs.dump(config))
             print(estimate(config, trains))
@@ -58,7 +58,7 @@ def main(usage: str | None, run: Callable[[Config], Any], trains: str = "trm") -
     sys.exit(0)
 
 
-def _refuse_what_would_be_lost(config: Config) -> None:
+def _check_paths_outlive_job(config: Config) -> None:
     """UserError if a submitted job would write into the folder that Ray has unpacked it in."""
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
         return
@@ -76,11 +76,11 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
     raise Stopped
 
 
-def say_result(result: Result) -> None:
+def print_result(result: Result) -> None:
     """What a training run has learned, and where it is."""
     if result.trained is not None:
         before = "not measured" if result.untrained is None else f"{result.untrained:.1%}"
         print(f"training pairs exactly right: untrained {before}, trained {result.trained:.1%}")
     if result.validation is not None:
         print(f"held-out test outputs right within two attempts: {result.validation.rate}")
-    print(f"step {result.step}: {storage.place(result.checkpoint)}")
+    print(f"step {result.step}: {storage.uri(result.checkpoint)}")

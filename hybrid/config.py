@@ -34,8 +34,8 @@ class PathsConfig:
     models: str | None = None
     """Language models converted from GGUF, by every machine for itself if this is a URI;
     root/models when not given."""
-    encodings: str | None = None
-    """Problem encodings of jobs/encode.py; root/encodings when not given."""
+    prompt_cache: str | None = None
+    """Problem encodings of jobs/cache_prompts.py; root/encodings when not given."""
 
     def absolute(self) -> PathsConfig:
         """The same with every path absolute: workers run in other folders."""
@@ -45,7 +45,7 @@ class PathsConfig:
             data=_absolute(self.data or storage.join(root, "arc", "processed")),
             runs=_absolute(self.runs or storage.join(root, "runs")),
             models=_absolute(self.models or storage.join(root, "models")),
-            encodings=_absolute(self.encodings or storage.join(root, "encodings")),
+            prompt_cache=_absolute(self.prompt_cache or storage.join(root, "prompt_cache")),
         )
 
 
@@ -91,11 +91,11 @@ class TrainingConfig:
     save_every: int = 1000
     """Steps between checkpoints; one is always written at the end."""
     keep_checkpoints: int = 2
-    probe_pairs: int = 256
+    train_accuracy_pairs: int = 256
     """Training pairs on which exact accuracy is measured before and after; 0 measures nothing."""
     variants: int | None = None
     """Variants of a task that rows are drawn from, the original first; all when not given."""
-    freeze_trunk: float = 0.0
+    freeze_weights_fraction: float = 0.0
     """Part of the run, from its start, in which only the puzzle table learns: what test-time
     training does with new puzzles before it touches the weights."""
     clip_norm: float | None = None
@@ -116,13 +116,17 @@ class TrainingConfig:
         problems = check_fields(
             self,
             **dict.fromkeys(("batch_size", "save_every", "keep_checkpoints"), (1, None)),
-            **dict.fromkeys(("lr", "puzzle_lr", "lr_warmup_steps", "probe_pairs"), (0, None)),
+            **dict.fromkeys(
+                ("lr", "puzzle_lr", "lr_warmup_steps", "train_accuracy_pairs"), (0, None)
+            ),
             **dict.fromkeys(("weight_decay", "puzzle_weight_decay"), (0, None)),
             steps=(1, 10**12),
             epochs=(0, 10**12),
             seed=(0, 2**63),
             **dict.fromkeys(("beta1", "beta2", "ema_rate"), (0, 1 - 1e-09)),
-            **dict.fromkeys(("lr_min_ratio", "freeze_trunk", "blank_puzzle_prob"), (0, 1)),
+            **dict.fromkeys(
+                ("lr_min_ratio", "freeze_weights_fraction", "blank_puzzle_prob"), (0, 1)
+            ),
             **dict.fromkeys(("variants", "max_attempts", "act_steps", "bptt_attempts"), (1, None)),
             micro_batch_size=(1, None),
             clip_norm=(1e-9, None),
@@ -156,7 +160,7 @@ class EvaluationConfig:
     """shuffled has each task read another one's problem: what does the text contribute?"""
     baseline: bool = True
     """Also spend the attempts that self-correction took on more views with one attempt each."""
-    beside: tuple[str, ...] = ()
+    compare_to: tuple[str, ...] = ()
     """Runs whose newest evaluation of the same questions is shown beside this one."""
 
     def __post_init__(self) -> None:
@@ -208,7 +212,7 @@ class SweepConfig:
     space: dict[str, Any] = field(default_factory=dict)
     """section.key -> {grid: [...]}, {choice: [...]}, {uniform: [low, high]},
     {loguniform: [low, high]} or {int: [low, high]}."""
-    samples: int = 1
+    num_samples: int = 1
     """Draws of what is not a grid, for every combination of the grids."""
     hold_out_tasks: int = 32
     """Training tasks that are not trained on: trials are compared by them."""
@@ -216,22 +220,22 @@ class SweepConfig:
     """optuna learns from the trials that have ended (pip install "arc-hybrid[optuna]")."""
     scheduler: Literal["asha", "none"] = "asha"
     """asha ends a trial at a rung where it is not among the best; none trains all to the end."""
-    first_rung: int | None = None
+    grace_period: int | None = None
     """Steps before a trial may be ended; training.save_every when not given."""
-    reduction: int = 3
+    reduction_factor: int = 3
     """One trial of so many passes a rung, and the next rung is so many times as far."""
-    max_concurrent: int | None = None
+    max_concurrent_trials: int | None = None
     """Trials at a time; as many as the cluster holds when not given."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         problems = check_fields(
             self,
-            samples=(1, 10**6),
+            num_samples=(1, 10**6),
             hold_out_tasks=(1, None),
-            first_rung=(1, None),
-            reduction=(2, None),
-            max_concurrent=(1, None),
+            grace_period=(1, None),
+            reduction_factor=(2, None),
+            max_concurrent_trials=(1, None),
             seed=(0, 2**32 - 1),
         )
         if problems:
@@ -298,10 +302,10 @@ class Config:
         return storage.folder(self.paths.models)
 
     @property
-    def encodings_folder(self) -> Path:
+    def prompt_cache_folder(self) -> Path:
         """Where problem encodings are."""
-        assert self.paths.encodings is not None
-        return storage.folder(self.paths.encodings)
+        assert self.paths.prompt_cache is not None
+        return storage.folder(self.paths.prompt_cache)
 
 
 DERIVED = {
@@ -312,6 +316,20 @@ DERIVED = {
 """Keys of TRMConfig that belong to the data: a user may not set them."""
 
 
+RENAMED = {
+    "paths.encodings": "paths.prompt_cache",
+    "llama.encodings": "llama.prompt_cache",
+    "training.probe_pairs": "training.train_accuracy_pairs",
+    "training.freeze_trunk": "training.freeze_weights_fraction",
+    "evaluation.beside": "evaluation.compare_to",
+    "sweep.samples": "sweep.num_samples",
+    "sweep.first_rung": "sweep.grace_period",
+    "sweep.reduction": "sweep.reduction_factor",
+    "sweep.max_concurrent": "sweep.max_concurrent_trials",
+}
+"""Keys of earlier versions and their names now, for the error message."""
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The config in a YAML file, or a URI of one, with `section.key=value` overrides on top.
 
@@ -320,7 +338,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     where = str(path)
     file = storage.folder(where)
-    storage.obtain(file)
+    storage.download(file)
     raw = _read_yaml(file, where)
     problems: list[str] = []
     for text in overrides:
@@ -337,7 +355,7 @@ def from_dict(
 ) -> Config:
     """A validated Config from nested mappings (a YAML document, a trial of a sweep)."""
     known = known_only(Config, raw)
-    found = [*problems, *unknown_keys(Config, raw, DERIVED), *wrong_values(Config, known)]
+    found = [*problems, *unknown_keys(Config, raw, DERIVED, RENAMED), *wrong_values(Config, known)]
     if found:
         raise UserError(f"{where}: " + "; ".join(found))
     config: Config = adapter(Config).validate_python(known)
@@ -359,7 +377,7 @@ def to_dict(config: Config) -> dict[str, Any]:
         del raw[section][key]
     raw["data"]["training"] = list(config.data.training)
     raw["data"]["evaluation"] = list(config.data.evaluation)
-    raw["evaluation"]["beside"] = list(config.evaluation.beside)
+    raw["evaluation"]["compare_to"] = list(config.evaluation.compare_to)
     return raw
 
 

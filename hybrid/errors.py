@@ -17,7 +17,7 @@ class UserError(Exception):
         super().__init__(" ".join(message.splitlines()))
 
 
-class AgreedError(UserError):
+class CollectiveUserError(UserError):
     """One that all training workers raise together: none is left waiting for another."""
 
 

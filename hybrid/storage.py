@@ -2,7 +2,7 @@
 
 A place is a path or a URI that pyarrow knows (`s3://bucket/arc?region=eu-west-1`, `gs://...`). What
 is at a URI is worked on in a copy under `$ARC_HYBRID_CACHE` (~/.cache/arc-hybrid): everybody opens,
-writes and renames plain files. `obtain` brings a file before it is read, `publish` sends one when
+writes and renames plain files. `download` brings a file before it is read, `upload` sends one when
 it is finished. Of a path that is no copy of anything they do nothing: all nodes see it as it is.
 
 A store shows a file whole or not at all; of several files the one that names the others is
@@ -42,7 +42,7 @@ def folder(place: str) -> Path:
     return _cache() / quote(place, safe="") if is_uri(place) else Path(place)
 
 
-def member(place: str) -> Path:
+def child(place: str) -> Path:
     """Like `folder`, as part of the copy of the place that holds it."""
     if not is_uri(place):
         return Path(place)
@@ -51,24 +51,24 @@ def member(place: str) -> Path:
     return folder(holder + mark + options) / unquote(name)
 
 
-def place(path: Path) -> str:
+def uri(path: Path) -> str:
     """The reverse of `folder`, for files in it as well: what another machine can find."""
     inside = _inside(path)
     return join(unquote(inside[0]), *inside[1:]) if inside else str(path)
 
 
-def is_copy(path: Path) -> bool:
+def is_cached(path: Path) -> bool:
     """Whether a path is here only as the copy of something in a store."""
     return _inside(path) is not None
 
 
-def obtain(path: Path) -> None:
+def download(path: Path) -> None:
     """Bring a file's copy up to date; where the store has none there is none here afterwards."""
     found = _home(path)
     if not found:
         return
     store, name = found
-    with _told(path):
+    with _as_user_error(path):
         if store.get_file_info(name).type != fs.FileType.File:
             path.unlink(missing_ok=True)
             return
@@ -81,12 +81,12 @@ def obtain(path: Path) -> None:
             partial.unlink(missing_ok=True)
 
 
-def publish(path: Path, source: Path | None = None) -> None:
+def upload(path: Path, source: Path | None = None) -> None:
     """Send a finished file to the store; `source`: the file that is to be there as `path`."""
     found = _home(path)
     if found:
         store, name = found
-        with _told(path):
+        with _as_user_error(path):
             store.create_dir(os.path.dirname(name), recursive=True)
             fs.copy_files(
                 str(source or path),
@@ -102,7 +102,7 @@ def names(path: Path) -> list[str]:
     if not found:
         return sorted(os.listdir(path)) if path.is_dir() else []
     store, name = found
-    with _told(path):
+    with _as_user_error(path):
         inside = store.get_file_info(fs.FileSelector(name, allow_not_found=True))
     return sorted(info.base_name for info in inside)
 
@@ -113,7 +113,7 @@ def exists(path: Path) -> bool:
     if not found:
         return path.exists()
     store, name = found
-    with _told(path):
+    with _as_user_error(path):
         return bool(store.get_file_info(name).type != fs.FileType.NotFound)
 
 
@@ -123,7 +123,7 @@ def modified(path: Path) -> float:
     if not found:
         return path.stat().st_mtime
     store, name = found
-    with _told(path):
+    with _as_user_error(path):
         return float(store.get_file_info(name).mtime_ns) / 1e9
 
 
@@ -132,7 +132,7 @@ def remove(path: Path) -> None:
     found = _home(path)
     if found and exists(path):
         store, name = found
-        with _told(path):
+        with _as_user_error(path):
             is_file = store.get_file_info(name).type == fs.FileType.File
             (store.delete_file if is_file else store.delete_dir)(name)
     if path.is_dir():
@@ -147,7 +147,7 @@ def read(path: Path) -> bytes | None:
     if not found:
         return path.read_bytes() if path.is_file() else None
     store, name = found
-    with _told(path):
+    with _as_user_error(path):
         if store.get_file_info(name).type != fs.FileType.File:
             return None
         with store.open_input_stream(name) as stream:
@@ -190,7 +190,7 @@ def _open(uri: str) -> tuple[fs.FileSystem, str]:
     return store, name.rstrip("/")
 
 
-class _told:
+class _as_user_error:
     """What a store complains of is the user's to know, in one line that names the place."""
 
     def __init__(self, path: Path) -> None:
@@ -201,4 +201,4 @@ class _told:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError) and not isinstance(error, UserError):
-            raise UserError(f"{place(self.path)}: {error}") from error
+            raise UserError(f"{uri(self.path)}: {error}") from error

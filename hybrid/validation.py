@@ -42,10 +42,13 @@ def _section_type(hint: Any) -> Any:
     return hint if is_dataclass(hint) else None
 
 
-def unknown_keys(cls: Any, raw: Any, derived: Mapping[str, str], prefix: str = "") -> list[str]:
-    """What is no key, no section, or a truth value where pydantic would take it for a number.
+def unknown_keys(
+    cls: Any, raw: Any, derived: Mapping[str, str], renamed: Mapping[str, str], prefix: str = ""
+) -> list[str]:
+    """Return a line for each unknown key, misplaced section, and bool where a number belongs.
 
-    `derived`: dotted keys of `cls` that may not be set, and what decides them.
+    Pydantic would accept such a bool as a number. `derived`: dotted keys of `cls` that may not be
+    set, and what decides them. `renamed`: dotted keys of earlier versions and their names now.
     """
     if raw is None:
         return []
@@ -58,12 +61,14 @@ def unknown_keys(cls: Any, raw: Any, derived: Mapping[str, str], prefix: str = "
         dotted = f"{prefix}{key}"
         if dotted in derived:
             found.append(f"{dotted}: follows from {derived[dotted]} and cannot be set")
+        elif dotted in renamed:
+            found.append(f"{dotted}: renamed, use {renamed[dotted]}")
         elif key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
             found.append(f"{dotted}: unknown key, {hint}")
         elif _section_type(hints[key]):
-            found += unknown_keys(hints[key], value, derived, f"{dotted}.")
+            found += unknown_keys(hints[key], value, derived, renamed, f"{dotted}.")
         elif isinstance(value, bool) and hints[key] not in (bool, bool | None):
             found.append(f"{dotted}: must not be a truth value, got {value}")
     return found

@@ -5,9 +5,9 @@ Run it again to resume.
 
 from hybrid import storage
 from hybrid.cli import main
-from hybrid.cluster import evaluate
 from hybrid.config import Config
 from hybrid.evaluate import describe
+from hybrid.launch import evaluate
 
 
 def run(config: Config) -> None:
@@ -15,7 +15,7 @@ def run(config: Config) -> None:
     outcome = evaluate(config)
     print(describe(outcome.results))
     for name in ("results.json", "submission.json", "report.html"):
-        print(storage.place(outcome.folder / name))
+        print(storage.uri(outcome.folder / name))
 
 
 if __name__ == "__main__":

@@ -3,14 +3,14 @@
 Run it again to resume.
 """
 
-from hybrid.cli import main, say_result
-from hybrid.cluster import joint
+from hybrid.cli import main, print_result
 from hybrid.config import Config
+from hybrid.launch import joint
 
 
 def run(config: Config) -> None:
     """Train, then say what was learned."""
-    say_result(joint(config))
+    print_result(joint(config))
 
 
 if __name__ == "__main__":

@@ -28,11 +28,11 @@ from hybrid.config import Config, from_dict
 from hybrid.context import ProcessGroupContext
 from hybrid.dataset import Dataset, Stream
 from hybrid.dataset.stream import Rows
-from hybrid.evaluate import Job, Outcome, Question, evaluate, local_solve_all
-from hybrid.evaluate.run import SolveAll
-from hybrid.evaluate.solve import Prediction
+from hybrid.evaluate import Job, Outcome, Question, evaluate, predict_locally
+from hybrid.evaluate.run import PredictAll
+from hybrid.evaluate.trm_predictor import Prediction
 from hybrid.train import TrainState, state
-from hybrid.train.feed import Feed
+from hybrid.train.loader import SlotLoader
 
 TRAINED = ("49d1d64f", "74dd1130", "d631b094")
 ASKED = ("25ff71a9", "44f52bb0", "d037b0a7")
@@ -108,7 +108,7 @@ def config_of(root: Path, **sections: dict[str, Any]) -> Config:
             "ema_rate": 0.9,
             "save_every": 2,
             "keep_checkpoints": 100,
-            "probe_pairs": 4,
+            "train_accuracy_pairs": 4,
         },
         "logging": {"run": "run", "every": 1, "wandb": False},
     }
@@ -127,12 +127,12 @@ def hybrid_of(root: Path, **sections: dict[str, Any]) -> Config:
     return config_of(root, **{s: keys.get(s, {}) | sections.get(s, {}) for s in keys | sections})
 
 
-def feed_of(state: TrainState, rounds: Iterator[Rows], first: int = 0) -> Feed:
+def feed_of(state: TrainState, rounds: Iterator[Rows], first: int = 0) -> SlotLoader:
     """The feed of a state's slots."""
-    return Feed(rounds, first, state.taken, state.carry.current["side"])
+    return SlotLoader(rounds, first, state.rows_consumed, state.carry.current["side"])
 
 
-def next_batch(feed: Feed, state: TrainState) -> dict[str, Tensor]:
+def next_batch(feed: SlotLoader, state: TrainState) -> dict[str, Tensor]:
     """The batch of a state's next step."""
     return feed.refill(state.carry, state.halted)
 
@@ -188,9 +188,9 @@ def assert_close(one: Path, other: Path, rtol: float = 1e-4, atol: float = 1e-5)
             assert torch.equal(a[name], b[name]), f"{name} differs"
 
 
-def quietly(config: Config, solve_all: SolveAll = local_solve_all) -> Outcome:
+def quietly(config: Config, predict_all: PredictAll = predict_locally) -> Outcome:
     """Evaluate without a word."""
-    return evaluate(config, solve_all, say=lambda line: None)
+    return evaluate(config, predict_all, say=lambda line: None)
 
 
 def predictions(folder: Path) -> dict[str, Any]:
@@ -201,12 +201,12 @@ def predictions(folder: Path) -> dict[str, Any]:
     return found
 
 
-def recording(asked: list[Question], solve_all: SolveAll = local_solve_all) -> SolveAll:
-    """Answers as `solve_all` does, and keeps the questions."""
+def recording(asked: list[Question], predict_all: PredictAll = predict_locally) -> PredictAll:
+    """Answers as `predict_all` does, and keeps the questions."""
 
     def record(job: Job, questions: Sequence[Question]) -> Iterator[Prediction]:
         asked.extend(questions)
-        return solve_all(job, questions)
+        return predict_all(job, questions)
 
     return record
 

@@ -31,7 +31,7 @@ paths: {root: .}
 data: {training: [tasks/training], evaluation: [tasks/evaluation], variants: 2, max_side: 5}
 trm: {hidden_size: 16, num_heads: 2, expansion: 1, L_layers: 1, H_cycles: 1, L_cycles: 1,
       halt_max_steps: 2, puzzle_emb_ndim: 16, puzzle_emb_len: 1}
-training: {batch_size: 6, steps: 1, probe_pairs: 0}
+training: {batch_size: 6, steps: 1, train_accuracy_pairs: 0}
 cluster: {num_workers: 0}
 logging: {wandb: false}
 """
@@ -395,7 +395,7 @@ EVALUATION = {
         "state.json", edit(f"{STEP}/state.json", lambda s: s["trm"].update(L_cycles=2)), "damaged"
     ),
     "tensors cut": checkpoint("model.safetensors", truncate(f"{STEP}/model.safetensors")),
-    "tensors flipped": checkpoint("average.safetensors", flip_bit(f"{STEP}/average.safetensors")),
+    "tensors flipped": checkpoint("ema.safetensors", flip_bit(f"{STEP}/ema.safetensors")),
     "tensors missing": checkpoint(
         "puzzle_table.safetensors", remove(f"{STEP}/puzzle_table.safetensors")
     ),
@@ -450,7 +450,7 @@ HYBRIDS = {
     ),
     "a folder that is no model": joint("llama.model=./tasks", "llama.model", "tasks"),
     "encodings of a model in training": joint(
-        "llama.encodings=true", "llama.encodings", "frozen", also=("llama.frozen=false",)
+        "llama.prompt_cache=true", "llama.prompt_cache", "frozen", also=("llama.frozen=false",)
     ),
     "an adapter of one layer": joint("adapter.layers=1", "adapter.layers", "1"),
     "a problem longer than the model": joint(
@@ -478,8 +478,8 @@ HYBRIDS = {
     ),
     "a damaged start": Case(
         job="joint",
-        says=(f"{STEP}/average.safetensors", "damaged"),
-        spoil=flip_bit(f"{STEP}/average.safetensors"),
+        says=(f"{STEP}/ema.safetensors", "damaged"),
+        spoil=flip_bit(f"{STEP}/ema.safetensors"),
         arguments=("logging.run=new", TINY, f"trm.init_from={STEP}"),
     ),
     "a run of the TRM": joint("training.steps=2", RUN, "kind trm, not hybrid", run="exp"),
@@ -491,12 +491,16 @@ HYBRIDS = {
         says=("runs/hybrid", "llama.prefix: 'attempt' -> 'problem'"),
         arguments=(*HYBRID, "training.max_attempts=2", "llama.prefix=problem"),
     ),
-    "no encodings wanted": joint("llama.batch_size=2", "llama.encodings is false", job="encode"),
+    "no encodings wanted": joint(
+        "llama.batch_size=2", "llama.prompt_cache is false", job="cache_prompts"
+    ),
     "none held out": hybrid("feedback.source=demos", "no demonstration was held out"),
     "nobody to compare with": hybrid(
         "evaluation.variants=1", "feedback.source=vote", "one view", also=("feedback.source=vote",)
     ),
-    "nobody beside": hybrid("evaluation.beside=[nobody]", "evaluation.beside", "runs/nobody"),
+    "nobody beside": hybrid(
+        "evaluation.compare_to=[nobody]", "evaluation.compare_to", "runs/nobody"
+    ),
     "no such model to ask with": hybrid("llama.model=./nowhere", "llama.model", "nowhere"),
     "too many held out": Case(
         job="prepare",

@@ -162,8 +162,8 @@ def test_all_sides_train_the_same_weights() -> None:
     for name, value in eager.model.state_dict().items():
         torch.testing.assert_close(theirs[name], value, rtol=0, atol=5e-6)
     assert any(not torch.equal(theirs[name], value) for name, value in begun.items())
-    for name, value in eager.average.shadow.items():
-        torch.testing.assert_close(plain.shadow[name], value, rtol=0, atol=5e-6)
+    for name, value in eager.average.values.items():
+        torch.testing.assert_close(plain.values[name], value, rtol=0, atol=5e-6)
 
 
 def test_the_stream_is_measured_from_opening_to_memory(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_rows_lie_where_the_model_is() -> None:
 
 def test_a_slower_side_is_less_than_once_as_fast() -> None:
     def run(step: float) -> dict[str, float]:
-        return {"step": step, "beside": 10 * step, "waiting": 0.25}
+        return {"step": step, "compare_to": 10 * step, "waiting": 0.25}
 
     runs = {0: [run(1.0), run(2.0)], 1: [run(2.0), run(4.0)], 2: [run(0.5), run(1.0)]}
     lines = ray_overhead.compare("some", runs)

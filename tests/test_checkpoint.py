@@ -82,9 +82,9 @@ def test_a_truncated_or_missing_file_is_named(
     [
         ("{not json", "cannot be read"),
         ("\xff\xfe", "cannot be read"),
-        ("[1, 2]", "not a checkpoint of format 1"),
-        ('{"format": 2, "files": {}}', "not a checkpoint of format 1"),
-        ('{"format": 1}', "not a checkpoint of format 1"),
+        ("[1, 2]", "not a checkpoint of format 2"),
+        ('{"format": 1, "files": {}}', "a checkpoint of format 1, this version reads format 2"),
+        ('{"format": 2}', "not a checkpoint of format 2"),
         ('{"format": 1, "files": {}}', "damaged"),
     ],
 )

@@ -12,7 +12,7 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hybrid.config import DERIVED, Config, differences, dump, from_dict, load, to_dict
+from hybrid.config import DERIVED, RENAMED, Config, differences, dump, from_dict, load, to_dict
 from hybrid.errors import UserError
 from hybrid.llm.known import is_path
 
@@ -283,12 +283,14 @@ HALT = keys(halt=st.sampled_from(["published", "confident"]), act_steps=st.none(
     halt=st.just("fixed"), act_steps=COUNTS
 )
 READS = keys(
-    frozen=st.booleans(), encodings=st.just(False), prefix=st.sampled_from(["attempt", "problem"])
-) | keys(frozen=st.just(True), encodings=st.booleans(), prefix=st.just("attempt"))
+    frozen=st.booleans(),
+    prompt_cache=st.just(False),
+    prefix=st.sampled_from(["attempt", "problem"]),
+) | keys(frozen=st.just(True), prompt_cache=st.booleans(), prefix=st.just("attempt"))
 VALID = {
     "paths": keys(
         root=NAMES,
-        **dict.fromkeys(("data", "runs", "models", "encodings"), maybe(NAMES)),
+        **dict.fromkeys(("data", "runs", "models", "prompt_cache"), maybe(NAMES)),
     ),
     "data": both(
         keys(evaluation=st.lists(NAMES), hold_out_tasks=st.just(0))
@@ -336,9 +338,9 @@ VALID = {
             seed=st.integers(0, 2**63),
             save_every=COUNTS,
             keep_checkpoints=COUNTS,
-            probe_pairs=COUNTS,
+            train_accuracy_pairs=COUNTS,
             variants=maybe(COUNTS),
-            freeze_trunk=SHARES,
+            freeze_weights_fraction=SHARES,
             micro_batch_size=maybe(st.integers(1, 10**6)),
             clip_norm=maybe(st.floats(1e-9, 1e9)),
             blank_puzzle_prob=SHARES,
@@ -384,7 +386,7 @@ VALID = {
             puzzle_ids=st.sampled_from(["trained", "blank"]),
             text=st.sampled_from(["own", "shuffled"]),
             baseline=st.booleans(),
-            beside=st.lists(NAMES),
+            compare_to=st.lists(NAMES),
         ),
     ),
     "cluster": both(
@@ -401,13 +403,13 @@ VALID = {
     ),
     "sweep": keys(
         space=st.just({}) | st.just({"adapter.lr": {"loguniform": [1e-4, 1e-2]}}),
-        samples=st.integers(1, 10**6),
+        num_samples=st.integers(1, 10**6),
         hold_out_tasks=COUNTS,
         search=st.sampled_from(["random", "optuna"]),
         scheduler=st.sampled_from(["asha", "none"]),
-        first_rung=maybe(COUNTS),
-        reduction=st.integers(2, 99),
-        max_concurrent=maybe(COUNTS),
+        grace_period=maybe(COUNTS),
+        reduction_factor=st.integers(2, 99),
+        max_concurrent_trials=maybe(COUNTS),
         seed=st.integers(0, 2**32 - 1),
     ),
     "logging": keys(
@@ -483,3 +485,13 @@ def test_any_text_for_a_file_or_a_value_is_answered_in_one_line(
     except UserError as error:
         assert len(str(error).splitlines()) == 1
         assert str(error).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_renamed_key_is_refused_with_its_new_name(old: str, new: str) -> None:
+    section, key = old.split(".")
+    with pytest.raises(UserError) as error:
+        from_dict({section: {key: 1}})
+    assert str(error.value) == f"config: {old}: renamed, use {new}"
+    section, key = new.split(".")
+    assert key in to_dict(from_dict({}))[section]

@@ -211,7 +211,7 @@ def test_without_workers_ray_is_never_imported(tmp_path: Path) -> None:
     arguments = [
         *("--config", str(ROOT / "configs/demo.yaml"), f"paths.root={tmp_path}"),
         *("cluster.num_workers=0", "logging.wandb=false", "training.steps=1"),
-        *("training.probe_pairs=0", "evaluation.limit=1"),
+        *("training.train_accuracy_pairs=0", "evaluation.limit=1"),
         *("trm.hidden_size=16", "trm.puzzle_emb_ndim=16", "training.batch_size=2"),
     ]
     command = [sys.executable, "-c", WITHOUT_WORKERS, str(ROOT / "jobs"), *arguments]

@@ -33,13 +33,13 @@ from pyarrow import fs
 from hybrid import storage
 from hybrid.arc import Task
 from hybrid.checkpoint import newest, read
-from hybrid.cluster import pretrain as watched
 from hybrid.config import Config, dump, load
 from hybrid.context import LocalContext
 from hybrid.dataset import Dataset, prepare
-from hybrid.encode import Encoder, plan
 from hybrid.errors import UserError
-from hybrid.evaluate.run import _beside
+from hybrid.evaluate.run import _compare_to
+from hybrid.launch import pretrain as watched
+from hybrid.prompt_cache import PromptCacher, plan
 from hybrid.train import initial_checkpoint, joint, pretrain, progress
 from hybrid.train.state import fresh
 
@@ -109,27 +109,27 @@ def test_a_folder_and_its_place_are_each_other_s_reverse(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ARC_HYBRID_CACHE", str(tmp_path))
-    assert storage.place(storage.folder(place)) == place
+    assert storage.uri(storage.folder(place)) == place
     inside = storage.folder(place) / "runs" / "a b" / "x.json"
-    assert storage.place(inside) == storage.join(place, "runs", "a b", "x.json")
-    assert storage.folder(storage.place(inside)) != tmp_path
-    assert storage.is_copy(inside) == storage.is_uri(place)
+    assert storage.uri(inside) == storage.join(place, "runs", "a b", "x.json")
+    assert storage.folder(storage.uri(inside)) != tmp_path
+    assert storage.is_cached(inside) == storage.is_uri(place)
     # A place inside a place has a copy of its own, under the same cache.
-    assert storage.place(storage.folder(storage.place(inside))) == storage.place(inside)
+    assert storage.uri(storage.folder(storage.uri(inside))) == storage.uri(inside)
 
 
 def test_what_was_published_is_obtained_elsewhere(root: str, elsewhere: Callable[[], None]) -> None:
     sent = storage.folder(root) / "a" / "b.bin"
     sent.parent.mkdir(parents=True)
     sent.write_bytes(bytes(range(256)) * 1000)
-    storage.publish(sent)
+    storage.upload(sent)
     other = storage.folder(root) / "a" / "renamed.bin"
-    storage.publish(other, sent)
+    storage.upload(other, sent)
     elsewhere()
     for name in ("b.bin", "renamed.bin"):
         got = storage.folder(root) / "a" / name
         assert not got.exists()
-        storage.obtain(got)
+        storage.download(got)
         assert got.read_bytes() == bytes(range(256)) * 1000
     assert os.listdir(got.parent) == ["b.bin", "renamed.bin"] or len(os.listdir(got.parent)) == 2
     assert storage.names(storage.folder(root) / "a") == ["b.bin", "renamed.bin"]
@@ -145,8 +145,8 @@ def test_names_that_a_uri_cannot_hold_are_quoted_in_it(
     sent = storage.folder(root) / "my run? #1" / "50%41 é.yaml"
     sent.parent.mkdir(parents=True)
     sent.write_text("logging: {run: x}")
-    storage.publish(sent)
-    place, holder = storage.place(sent), storage.place(sent.parent)
+    storage.upload(sent)
+    place, holder = storage.uri(sent), storage.uri(sent.parent)
     elsewhere()
     assert place.startswith("s3://")
     assert storage.read(storage.folder(place)) == b"logging: {run: x}"
@@ -162,10 +162,10 @@ def test_the_newest_evaluation_in_a_store_is_not_the_one_that_was_fetched_last(
         path = config.runs_folder / "other" / "evaluation" / name / "results.json"
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps({"title": name, "protocol": {"asked": 3 - (name == "c")}}))
-        storage.publish(path)
+        storage.upload(path)
         time.sleep(1.1)  # the store knows seconds
     elsewhere()
-    assert _beside(config, "other", {"asked": 3})["title"] == "a"
+    assert _compare_to(config, "other", {"asked": 3})["title"] == "a"
 
 
 def test_a_config_that_is_not_in_the_store_is_named(root: str) -> None:
@@ -178,13 +178,13 @@ def test_an_obtained_file_is_the_store_s_not_the_copy_s(root: str) -> None:
     path = storage.folder(root) / "x"
     path.parent.mkdir(parents=True)
     path.write_text("one")
-    storage.publish(path)
+    storage.upload(path)
     path.write_text("two")
-    storage.obtain(path)
+    storage.download(path)
     assert path.read_text() == "one"
     stale = path.with_name("stale")
     stale.write_text("only here")
-    storage.obtain(stale)
+    storage.download(stale)
     assert not stale.exists()
 
 
@@ -193,7 +193,7 @@ def test_what_is_removed_is_gone_here_and_there(root: str) -> None:
     for name in ("a/x", "a/b/y", "c"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
-        storage.publish(folder / name)
+        storage.upload(folder / name)
     storage.remove(folder / "a")
     assert storage.names(folder) == ["c"] and not (folder / "a").exists()
     storage.remove(folder / "c")
@@ -203,11 +203,11 @@ def test_what_is_removed_is_gone_here_and_there(root: str) -> None:
 
 def test_of_a_plain_path_nothing_is_obtained_and_nothing_sent(tmp_path: Path) -> None:
     path = tmp_path / "x"
-    storage.obtain(path)
+    storage.download(path)
     assert not path.exists()
     path.write_text("x")
-    storage.publish(path)
-    storage.obtain(path)
+    storage.upload(path)
+    storage.download(path)
     assert path.read_text() == "x" and storage.names(tmp_path) == ["x"]
     assert storage.filesystem(path) == (None, str(path))
 
@@ -258,7 +258,7 @@ def test_a_run_moves_from_machine_to_machine_and_is_the_run_that_stayed(
     found = newest(runs / "run" / "checkpoints")
     assert found is not None and found.state["step"] == 4
     assert_close(here.run_folder / "checkpoints" / "step_00000004", found.folder, 0, 0)
-    storage.obtain(runs / "run" / "metrics.jsonl")
+    storage.download(runs / "run" / "metrics.jsonl")
     # What ended at step 2 was probed there.
     losses = [
         [line for line in metrics(folder) if "loss" in line]
@@ -271,13 +271,13 @@ def test_a_run_moves_from_machine_to_machine_and_is_the_run_that_stayed(
     [name] = storage.names(runs / "run" / "evaluation")
     stored = runs / "run" / "evaluation" / name
     for path in ("results.json", "report.html", "submission.json"):
-        storage.obtain(stored / path)
+        storage.download(stored / path)
     for task in ASKED:
-        storage.obtain(stored / "predictions" / f"{task}.json")
-    [beside] = here.run_folder.glob("evaluation/*")
-    assert predictions(stored) == predictions(beside) and len(predictions(stored)) == len(ASKED)
+        storage.download(stored / "predictions" / f"{task}.json")
+    [compare_to] = here.run_folder.glob("evaluation/*")
+    assert predictions(stored) == predictions(compare_to) and len(predictions(stored)) == len(ASKED)
     assert json.loads((stored / "results.json").read_text())["scores"] == local["scores"]
-    assert (stored / "submission.json").read_text() == (beside / "submission.json").read_text()
+    assert (stored / "submission.json").read_text() == (compare_to / "submission.json").read_text()
 
     first = stored / "predictions" / f"{ASKED[0]}.json"
     storage.remove(first)
@@ -312,8 +312,8 @@ def test_a_run_starts_from_another_in_the_store_by_its_name_or_by_its_place(
         )
         found = initial_checkpoint(config)
         assert found is not None and found.state["step"] == step
-        assert storage.place(found.folder).endswith(begun.paths.runs.partition("?")[2])
-        average = found.tensors("average")
+        assert storage.uri(found.folder).endswith(begun.paths.runs.partition("?")[2])
+        average = found.tensors("ema")
         trm = fresh(config, Dataset.open(config.data_folder), range(2), CPU.device).trm
         for name, value in trm.state_dict().items():
             if name in average:
@@ -399,12 +399,12 @@ def test_state_json_reaches_the_store_last(
     config = config_in(root, tasks, config_of, training={"steps": 2})
     prepare(config.data, config.data_folder, say=lambda line: None)
     sent: list[str] = []
-    publish = storage.publish
+    upload = storage.upload
 
     def record(path: Path, source: Path | None = None) -> None:
         if "checkpoints" in path.parts:
             sent.append(path.name)
-        publish(path, source)
+        upload(path, source)
 
     monkeypatch.setattr(storage, "publish", record)
     folder = pretrain(config, CPU).checkpoint
@@ -470,13 +470,13 @@ def test_two_machines_that_share_only_the_store_write_one_checkpoint(
 def test_encodings_are_shared_through_the_store(
     root: str, tasks: Path, elsewhere: Callable[[], None]
 ) -> None:
-    llama = {"llama": {"encodings": True}}
+    llama = {"llama": {"prompt_cache": True}}
     config = config_in(root, tasks, hybrid_of, **llama)
     prepare(config.data, config.data_folder, say=lambda line: None)
     problems = plan(config)[:12]
-    assert Encoder(config, CPU.device).add(problems) > 0
+    assert PromptCacher(config, CPU.device).add(problems) > 0
     elsewhere()
-    assert Encoder(config, CPU.device).add(problems) == 0
+    assert PromptCacher(config, CPU.device).add(problems) == 0
     stored = joint(config, CPU).checkpoint
     local = hybrid_of(tasks)
     prepare(local.data, local.data_folder, say=lambda line: None)
@@ -490,10 +490,10 @@ def test_the_metrics_of_a_run_in_a_store_survive_being_watched(
     """Whoever shows progress brings the file up to date that the run is writing to."""
     monkeypatch.setattr(progress, "PLAIN_EVERY_S", 0.05)
     monkeypatch.setattr(progress._Lines, "every", 0.05)
-    training = {"steps": 60, "save_every": 20, "probe_pairs": 0}
+    training = {"steps": 60, "save_every": 20, "train_accuracy_pairs": 0}
     config = config_in(root, tasks, config_of, training=training)
     prepare(config.data, config.data_folder, say=lambda line: None)
     watched(config)
     elsewhere()
-    storage.obtain(config.run_folder / "metrics.jsonl")
+    storage.download(config.run_folder / "metrics.jsonl")
     assert [m["step"] for m in metrics(config.run_folder)] == list(range(1, 61))

@@ -5,7 +5,7 @@ Run it again to resume.
 
 from hybrid import storage
 from hybrid.cli import main
-from hybrid.cluster.sweep import sweep
+from hybrid.cluster.tuner import sweep
 from hybrid.config import Config
 from hybrid.sweep import describe
 
@@ -15,7 +15,7 @@ def run(config: Config) -> None:
     trials, axes = sweep(config)
     print(describe(trials, axes))
     for name in ("sweep.parquet", "report.html", "best.yaml"):
-        print(storage.place(config.run_folder / name))
+        print(storage.uri(config.run_folder / name))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.gpu.session import Session, TimedContext
-from hybrid.evaluate import evaluate, local_solve_all
+from hybrid.evaluate import evaluate, predict_locally
 from hybrid.train import pretrain
-from hybrid.train.runlog import read_metrics
+from hybrid.train.tracking import read_metrics
 
 RESERVED = 60.0
 """Seconds for compiling and for the test outputs."""
@@ -50,7 +50,7 @@ def run(session: Session) -> None:
     with session.measuring("curve"):
         pretrain(config, TimedContext(session.device, seconds))
         _record_curve(session, read_metrics(config.run_folder / "metrics.jsonl"))
-        outcome = evaluate(config, local_solve_all, say=lambda line: None)
+        outcome = evaluate(config, predict_locally, say=lambda line: None)
         right = outcome.results["scores"]["pass@2"]["outputs"]
         session.record(
             "test outputs right in two attempts",

@@ -21,7 +21,7 @@ from hybrid.llm.backbone import Backbone
 from hybrid.llm.tiny import tiny_random
 from hybrid.train.joint import Joint
 from hybrid.train.loop import train
-from hybrid.train.runlog import read_metrics
+from hybrid.train.tracking import read_metrics
 
 LLAMA_8B = {
     "hidden_size": 4096,

@@ -91,7 +91,12 @@ def experiment(
 ) -> Config:
     """Build the config of a run under `root` without Ray and W&B, and prepare its data."""
     defaults: dict[str, dict[str, Any]] = {
-        "training": {"steps": 10**6, "save_every": 10**6, "keep_checkpoints": 1, "probe_pairs": 0},
+        "training": {
+            "steps": 10**6,
+            "save_every": 10**6,
+            "keep_checkpoints": 1,
+            "train_accuracy_pairs": 0,
+        },
         "cluster": {"num_workers": 0, "use_gpu": device.type == "cuda"},
         "logging": {"run": "run", "every": 1, "wandb": False},
     }

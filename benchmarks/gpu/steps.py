@@ -12,7 +12,7 @@ from benchmarks.measure import peak_gib, seconds_of
 from benchmarks.steps import FULL, GOLDEN, Side, flops, random_rows
 from hybrid.context import LocalContext
 from hybrid.train import pretrain
-from hybrid.train.runlog import read_metrics
+from hybrid.train.tracking import read_metrics
 
 CASES: tuple[tuple[str, int, int | None], ...] = (
     ("compiled", 192, None),

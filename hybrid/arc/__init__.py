@@ -11,8 +11,8 @@ from hybrid.arc.tokens import (
     FIRST_COLOUR,
     PAD,
     VOCABULARY,
-    encode_grid,
     offset_range,
+    tokenize_grid,
     tokens_to_grid,
 )
 from hybrid.arc.variants import draw_variants
@@ -37,7 +37,6 @@ __all__ = [
     "Task",
     "compare_grids",
     "draw_variants",
-    "encode_grid",
     "find_overlap",
     "grid_hash",
     "grid_to_string",
@@ -49,6 +48,7 @@ __all__ = [
     "score",
     "source_version",
     "string_to_grid",
+    "tokenize_grid",
     "tokens_to_grid",
     "vote",
     "wilson",

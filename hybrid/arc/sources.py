@@ -107,8 +107,8 @@ def _files(path: Path) -> list[Path]:
 
 
 def _solutions_beside(path: Path) -> Path | None:
-    beside = path.with_name(path.name.replace("_challenges.json", "_solutions.json"))
-    return beside if beside != path and beside.is_file() else None
+    compare_to = path.with_name(path.name.replace("_challenges.json", "_solutions.json"))
+    return compare_to if compare_to != path and compare_to.is_file() else None
 
 
 class _Members(dict[str, Any]):

@@ -16,7 +16,7 @@ FIRST_COLOUR = 2
 VOCABULARY = 12
 
 
-def encode_grid(
+def tokenize_grid(
     grid: Grid, canvas: int = MAX_SIDE, offset: tuple[int, int] = (0, 0)
 ) -> npt.NDArray[np.uint8]:
     """Tokens (canvas * canvas,) of the grid with its top-left cell at `offset` (row, column).

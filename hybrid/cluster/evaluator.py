@@ -18,9 +18,9 @@ from hybrid.cluster.runtime import cluster
 from hybrid.config import Config
 from hybrid.device import share_cores
 from hybrid.errors import UserError
-from hybrid.evaluate import HybridAnswerer, Job, Question, Solver, open_solver
-from hybrid.evaluate.run import SolveAll
-from hybrid.evaluate.solve import Prediction
+from hybrid.evaluate import HybridPredictor, Job, Question, TRMPredictor, open_predictor
+from hybrid.evaluate.run import PredictAll
+from hybrid.evaluate.trm_predictor import Prediction
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Evaluator:
         share_cores(actors_on_this_machine)
         self.job = job
         self.checkpoint = checkpoint
-        self.solver: Solver | HybridAnswerer | None = None
+        self.solver: TRMPredictor | HybridPredictor | None = None
 
     def ready(self) -> None:
         """Returns when the actor lives."""
@@ -50,14 +50,14 @@ class Evaluator:
             job = self.job
             if storage.is_uri(self.checkpoint):  # another machine has another copy
                 job = replace(job, checkpoint=read(storage.folder(self.checkpoint)))
-            self.solver = open_solver(job)
+            self.solver = open_predictor(job)
         return self.solver.solve(question)
 
 
-def ray_solve_all(config: Config) -> SolveAll:
+def predict_on_ray(config: Config) -> PredictAll:
     """Answers questions on `cluster.num_workers` actors, in the order they are done."""
 
-    def solve_all(job: Job, questions: Sequence[Question]) -> Iterator[Prediction]:
+    def predict_all(job: Job, questions: Sequence[Question]) -> Iterator[Prediction]:
         size = min(config.cluster.num_workers, len(questions))
         with cluster(config, workers=size):
             gauges = Gauges(config.logging.run)
@@ -66,7 +66,7 @@ def ray_solve_all(config: Config) -> SolveAll:
                 gauges.set({"tasks_done": done})
                 yield prediction
 
-    return solve_all
+    return predict_all
 
 
 class _Pool:
@@ -80,7 +80,7 @@ class _Pool:
             "scheduling_strategy": "SPREAD",
         }
         self.actor_class = ray.remote(**options)(Evaluator)
-        place = storage.place(job.checkpoint.folder)
+        place = storage.uri(job.checkpoint.folder)
         self.arguments = ray.put(job), place, -(-size // machines)
         self.replacements = config.cluster.max_failures
         self.held: dict[int, dict[Any, Question]] = {n: {} for n in range(size)}

@@ -154,7 +154,7 @@ def _check_shared(config: Config) -> None:
     try:
         make_folder(mark.parent)
         mark.write_text("a job looks whether all nodes see this folder\n")
-        storage.publish(mark)
+        storage.upload(mark)
         task = ray.remote(num_cpus=0)(_sees)
         asked = {
             node: task.options(

@@ -37,7 +37,7 @@ def ray_rounds(stream: Stream, slots: range, total_slots: int, first: int) -> It
     had to wait for its reader would keep Ray Data's executor busy, in the worker, for as long as it
     lives: that cost two workers on two cores half of their time.
     """
-    place = storage.place(stream.dataset.folder)
+    place = storage.uri(stream.dataset.folder)
     per_block = max(1, ROWS_PER_BLOCK // len(slots))
     context = DataContext.get_current()
     quiet()

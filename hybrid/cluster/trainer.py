@@ -28,7 +28,7 @@ from hybrid.context import ProcessGroupContext, Signal
 from hybrid.dataset import Stream
 from hybrid.dataset.stream import Rows
 from hybrid.device import share_cores
-from hybrid.errors import AgreedError, UserError
+from hybrid.errors import CollectiveUserError, UserError
 from hybrid.evaluate import Validation
 from hybrid.train import Diverged, Result, joint, pretrain
 
@@ -40,13 +40,13 @@ REFUSAL = "refusal.txt"
 WAIT_FOR_NODES_MIN = 30
 """A lost node may come back; Ray Train tries once a minute."""
 
-_leaving = threading.Event()
+_preempted = threading.Event()
 """This worker's process was told to go (SIGTERM)."""
 
 T = TypeVar("T")
 
 
-class Leaving(RuntimeError):
+class WorkerPreempted(RuntimeError):
     """This worker was told to go and has saved; Ray Train goes on with another in its place."""
 
 
@@ -69,7 +69,7 @@ class RayContext(ProcessGroupContext):
         warned = get_train_context().preemption_context.preemption_info
         drained = warned is not None and warned != self.saved_for
         self.saved_for = warned
-        return Signal.SAVE if drained or _leaving.is_set() else Signal.NONE
+        return Signal.SAVE if drained or _preempted.is_set() else Signal.NONE
 
     def gauge(self, metrics: Mapping[str, float]) -> None:
         """On the dashboard, and wherever Prometheus looks."""
@@ -77,9 +77,9 @@ class RayContext(ProcessGroupContext):
 
     def report(self, metrics: Mapping[str, Any], checkpoint: Path) -> None:
         """Tell the controller. The checkpoint is ours: it stands on shared storage already."""
-        if _leaving.is_set():
-            raise Leaving(f"SIGTERM: {checkpoint.name} is saved")
-        ray.train.report({**metrics, "checkpoint": storage.place(checkpoint)})
+        if _preempted.is_set():
+            raise WorkerPreempted(f"SIGTERM: {checkpoint.name} is saved")
+        ray.train.report({**metrics, "checkpoint": storage.uri(checkpoint)})
 
 
 class _Backend(_TorchBackend):  # type: ignore[misc]
@@ -101,8 +101,8 @@ def _hear_sigterm() -> None:
     before = signal.getsignal(signal.SIGTERM)
 
     def hear(number: int, frame: FrameType | None) -> None:
-        again = _leaving.is_set()
-        _leaving.set()
+        again = _preempted.is_set()
+        _preempted.set()
         if again and callable(before):
             before(number, frame)
 
@@ -120,7 +120,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         loop = joint if settings["kind"] == "hybrid" else pretrain
         result = loop(config, RayContext(config.logging.run))
     except UserError as error:
-        if isinstance(error, AgreedError) or ray.train.get_context().get_world_size() == 1:
+        if isinstance(error, CollectiveUserError) or ray.train.get_context().get_world_size() == 1:
             return {"user_error": str(error)}
         # The others are waiting for this one, and Ray looks at what rank 0 returns: it ends them,
         # and `_refusal` the next try.
@@ -131,7 +131,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         return {"diverged": str(error)}
     return {
         "step": result.step,
-        "checkpoint": storage.place(result.checkpoint),
+        "checkpoint": storage.uri(result.checkpoint),
         "untrained": result.untrained,
         "trained": result.trained,
         "validation": asdict(result.validation) if result.validation else None,
@@ -144,7 +144,7 @@ def _refuse(config: Config, reason: str) -> None:
     with suppress(OSError, UserError):  # it was perhaps the disk that was full
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(reason)
-        storage.publish(path)
+        storage.upload(path)
 
 
 def _refusal(config: Config) -> str | None:

@@ -56,7 +56,7 @@ def prepare(config: DataConfig, folder: str | Path, say: Say = print) -> dict[st
     with on_overlap=refuse, for contamination.
     """
     folder = Path(folder)
-    where = storage.place(folder)
+    where = storage.uri(folder)
     versions = {source: source_version(source) for source in _sources(config)}
     recipe = {"config": plain(config), "sources": versions}
     fetch(folder)
@@ -64,7 +64,7 @@ def prepare(config: DataConfig, folder: str | Path, say: Say = print) -> dict[st
     if existing:
         say(f"{where}: already prepared, {existing['counts']}")
         return existing
-    _refuse_other_content(folder)
+    _check_replaceable(folder)
     selected, report = select(config, say)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -78,7 +78,7 @@ def prepare(config: DataConfig, folder: str | Path, say: Say = print) -> dict[st
         shutil.rmtree(partial, ignore_errors=True)
         raise
     for name in (*TABLES, "dataset.json"):
-        storage.publish(folder / name)
+        storage.upload(folder / name)
     say(f"{where}: {meta['counts']}, fingerprint {meta['fingerprint'][:12]}")
     return meta
 
@@ -101,8 +101,8 @@ def select(config: DataConfig, say: Say) -> tuple[list[Selected], dict[str, Any]
     training, dropped = _without_leaks(config, training, evaluation, say)
     if not training and not evaluation:
         raise UserError(f"data.max_side={config.max_side}: no task fits this canvas")
-    _refuse_duplicates(training + evaluation)
-    _refuse_too_few(evaluation, config.hold_out_demos)
+    _check_no_duplicates(training + evaluation)
+    _check_enough_tasks(evaluation, config.hold_out_demos)
     report = {
         "excluded": {"too_large": too_large, "leaking": dropped},
         "evaluation": {"asked": len(evaluation), "of": asked},
@@ -173,7 +173,7 @@ def _without_leaks(
     return [s for s in training if s.task.id not in leaking], sorted(leaking)
 
 
-def _refuse_duplicates(selected: list[Selected]) -> None:
+def _check_no_duplicates(selected: list[Selected]) -> None:
     seen: dict[str, Selected] = {}
     for s in selected:
         other = seen.setdefault(s.task.id, s)
@@ -184,7 +184,7 @@ def _refuse_duplicates(selected: list[Selected]) -> None:
             )
 
 
-def _refuse_too_few(evaluation: list[Selected], held_out: int) -> None:
+def _check_enough_tasks(evaluation: list[Selected], held_out: int) -> None:
     few = [s.task.id for s in evaluation if len(s.task.train) <= held_out]
     if few:
         raise UserError(
@@ -261,7 +261,7 @@ def _variant_batch(parts: list[tuple[int, Any, Any]]) -> pa.RecordBatch:
     return pa.record_batch([pa.array(tasks), pa.array(dihedral), packed], schema=VARIANTS)
 
 
-def _refuse_other_content(folder: Path) -> None:
+def _check_replaceable(folder: Path) -> None:
     """UserError if `folder`, which is about to be replaced, holds what is not a dataset's."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: a file is where the dataset's folder should be")

@@ -92,9 +92,7 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of all that a model can see but `placing`; answers of evaluation tasks are not in
-        it.
-        """
+        """Digest of everything a model can see except `canvas_mode`, without evaluation answers."""
         return str(self.meta["fingerprint"])
 
     @property
@@ -103,11 +101,11 @@ class Dataset:
         return int(self.meta["config"]["max_side"])
 
     @property
-    def placing(self) -> str:
+    def canvas_mode(self) -> str:
         """`data.canvas` of when it was prepared."""
         return str(self.meta["config"].get("canvas", "full"))
 
-    def refuse_another_recipe(self, config: DataConfig) -> None:
+    def check_same_recipe(self, config: DataConfig) -> None:
         """UserError if `config` describes another dataset: only preparing listens to it."""
         made = {"canvas": "full", **self.meta["config"]}
         differs = [
@@ -117,14 +115,14 @@ class Dataset:
         ]
         if differs:
             raise UserError(
-                f"{storage.place(self.folder)}: {'; '.join(differs)}; say what is there, or"
+                f"{storage.uri(self.folder)}: {'; '.join(differs)}; say what is there, or"
                 " prepare another paths.data"
             )
 
     @property
     def bucketed(self) -> bool:
         """Whether small tasks stand on smaller canvases."""
-        return self.placing == "bucketed"
+        return self.canvas_mode == "bucketed"
 
     @cached_property
     def sides(self) -> npt.NDArray[np.uint8]:
@@ -251,9 +249,9 @@ def plain(config: DataConfig) -> dict[str, Any]:
 
 def fetch(folder: Path) -> None:
     """Bring the copy of a dataset that lies in a store up to date."""
-    if not storage.is_copy(folder):
+    if not storage.is_cached(folder):
         return
-    storage.obtain(folder / "dataset.json")
+    storage.download(folder / "dataset.json")
     try:
         files = read_meta(folder)["files"]
     except UserError:
@@ -261,7 +259,7 @@ def fetch(folder: Path) -> None:
     for name in TABLES:
         path = folder / name
         if not path.exists() or digest(path) != files.get(name):
-            storage.obtain(path)
+            storage.download(path)
 
 
 def digest(path: Path) -> str:

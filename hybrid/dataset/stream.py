@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from hybrid.arc import DIHEDRAL, PAD, Augmentation, Pair, Task, encode_grid
+from hybrid.arc import DIHEDRAL, PAD, Augmentation, Pair, Task, tokenize_grid
 from hybrid.dataset.store import Dataset
 
 Ints: TypeAlias = npt.NDArray[np.int64]
@@ -180,7 +180,7 @@ class Stream:
         sides = self.dataset.sides[self.dataset.task_of[drawn[:, 1]]]
         for n, (pair, variant, row, column) in enumerate(drawn.tolist()):
             side = int(sides[n])
-            inputs[n, : side**2], labels[n, : side**2] = encode_pair(
+            inputs[n, : side**2], labels[n, : side**2] = tokenize_pair(
                 self.pairs[pair], self.dataset.augmentation(variant), side, (row, column)
             )
         return {
@@ -214,7 +214,7 @@ class Stream:
         return Epoch(variant=variant, pair=order, row=offset[:, 0], column=offset[:, 1])
 
 
-def numbers_by_side(sides: Sequence[int]) -> dict[int, list[int]]:
+def row_numbers_by_canvas(sides: Sequence[int]) -> dict[int, list[int]]:
     """Return the row numbers of each canvas side, smallest side first."""
     found: dict[int, list[int]] = {side: [] for side in sorted(set(sides))}
     for number, side in enumerate(sides):
@@ -222,13 +222,13 @@ def numbers_by_side(sides: Sequence[int]) -> dict[int, list[int]]:
     return found
 
 
-def by_side(rows: Mapping[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
+def split_by_canvas(rows: Mapping[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
     """Split rows [n, ...] by canvas side: (row numbers, rows) of each side.
 
     Token rows are cut to the canvas. Rows that share one side are not copied.
     """
     found = []
-    for side, mine in numbers_by_side(rows["side"].tolist()).items():
+    for side, mine in row_numbers_by_canvas(rows["side"].tolist()).items():
         chosen = slice(None) if len(mine) == len(rows["side"]) else mine
         part = {name: value[chosen] for name, value in rows.items()}
         for name in TOKENS & part.keys():
@@ -237,13 +237,14 @@ def by_side(rows: Mapping[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
     return found
 
 
-def encode_pair(
+def tokenize_pair(
     pair: Pair, augmentation: Augmentation, canvas: int, offset: tuple[int, int]
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
     """Tokens of input and output, [L] uint8 each, both at the same offset."""
     assert pair.output is not None
     inputs, labels = (
-        encode_grid(augmentation.apply(grid), canvas, offset) for grid in (pair.input, pair.output)
+        tokenize_grid(augmentation.apply(grid), canvas, offset)
+        for grid in (pair.input, pair.output)
     )
     # A row without labels would teach the halt head that silence is right.
     assert (labels != PAD).any()

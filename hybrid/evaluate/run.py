@@ -7,21 +7,22 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hybrid import storage
-from hybrid.arc import Grid, Task, pair_hash
+from hybrid.arc import Task
 from hybrid.checkpoint import Checkpoint, newest, read
 from hybrid.config import Config
 from hybrid.dataset import Dataset
 from hybrid.device import compute_device
 from hybrid.errors import UserError, make_folder
-from hybrid.evaluate.hybrid import HybridAnswerer
-from hybrid.evaluate.merge import merge, questions_key
+from hybrid.evaluate.hybrid_predictor import HybridPredictor
+from hybrid.evaluate.questions import Question, select_questions
 from hybrid.evaluate.report import write_report
-from hybrid.evaluate.solve import Prediction, Question, Solver
+from hybrid.evaluate.results import questions_key, score_predictions
+from hybrid.evaluate.trm_predictor import Prediction, TRMPredictor
 from hybrid.llm import check_model
 
 AFFECTS_ANSWERS = ("variants", "halt", "act_steps", "batch_size", "puzzle_ids")
@@ -52,55 +53,57 @@ class Outcome:
     """Tasks whose predictions were on disk already."""
 
 
-SolveAll = Callable[[Job, Sequence[Question]], Iterator[Prediction]]
+PredictAll = Callable[[Job, Sequence[Question]], Iterator[Prediction]]
 """Answers questions in any order; the tasks it does not answer count as wrong."""
 
 
-def local_solve_all(job: Job, questions: Sequence[Question]) -> Iterator[Prediction]:
+def predict_locally(job: Job, questions: Sequence[Question]) -> Iterator[Prediction]:
     """One after the other in this process."""
-    solver = open_solver(job)
+    solver = open_predictor(job)
     for question in questions:
         yield solver.solve(question)
 
 
-def open_solver(job: Job) -> Solver | HybridAnswerer:
+def open_predictor(job: Job) -> TRMPredictor | HybridPredictor:
     """What answers questions from the job's checkpoint."""
     device = compute_device(job.config.cluster.use_gpu)
     if job.checkpoint.state["kind"] == "hybrid":
-        return HybridAnswerer(job.checkpoint, job.config, device)
+        return HybridPredictor(job.checkpoint, job.config, device)
     compiled = job.config.cluster.compiles
-    return Solver(job.checkpoint, job.config.evaluation, device, compiled=compiled)
+    return TRMPredictor(job.checkpoint, job.config.evaluation, device, compiled=compiled)
 
 
-def evaluate(config: Config, solve_all: SolveAll, say: Callable[[str], None] = print) -> Outcome:
+def evaluate(
+    config: Config, predict_all: PredictAll, say: Callable[[str], None] = print
+) -> Outcome:
     """Ask every evaluation task of the dataset, write each answer as it comes, then score.
 
     A rerun with the same checkpoint, dataset and settings finds answers on disk, asks the rest.
     """
     dataset = Dataset.open(config.data_folder)
-    dataset.refuse_another_recipe(config.data)
+    dataset.check_same_recipe(config.data)
     checkpoint = _checkpoint(config)
     _check(config, checkpoint, dataset)
     asked = dataset.asked[: config.evaluation.limit]
     if not asked:
         raise UserError(f"{dataset.folder}: holds no evaluation tasks (data.evaluation is empty)")
-    questions = ask(config, checkpoint, dataset)
+    questions = select_questions(config, checkpoint, dataset)
     key = questions_key(dataset, [question.task for question in questions])
-    beside = [_beside(config, name, key) for name in config.evaluation.beside]
+    compare_to = [_compare_to(config, name, key) for name in config.evaluation.compare_to]
     folder = config.run_folder / "evaluation" / _name(config, checkpoint, dataset)
     make_folder(folder / "predictions")
     # What the store does not list was never sent, or was taken away: a copy of it is nothing.
     there = set(storage.names(folder / "predictions"))
     known = [question.task for question in questions if f"{question.task.id}.json" in there]
     for task in known:
-        storage.obtain(folder / "predictions" / f"{task.id}.json")
+        storage.download(folder / "predictions" / f"{task.id}.json")
     answered = {task.id: found for task in known if (found := _on_disk(folder, task))}
     resumed = len(answered)
     open_questions = [q for q in questions if q.task.id not in answered]
-    say(f"{storage.place(folder)}: {len(asked)} tasks, {resumed} already answered")
+    say(f"{storage.uri(folder)}: {len(asked)} tasks, {resumed} already answered")
     job = Job(checkpoint=checkpoint, config=config)
     started = time.monotonic()
-    for prediction in solve_all(job, open_questions) if open_questions else ():
+    for prediction in predict_all(job, open_questions) if open_questions else ():
         answered[prediction["task"]] = prediction
         _write_json(folder / "predictions" / f"{prediction['task']}.json", prediction)
         done = len(answered) - resumed
@@ -109,8 +112,8 @@ def evaluate(config: Config, solve_all: SolveAll, say: Callable[[str], None] = p
     # Answers are read here and nowhere above, unless an oracle was asked for.
     answers = Dataset.open(config.data_folder, answers=True)
     tasks = [answers.tasks[task] for task in asked]
-    results = merge(config, dataset, checkpoint, tasks, answered)
-    results["beside"] = beside
+    results = score_predictions(config, dataset, checkpoint, tasks, answered)
+    results["compare_to"] = compare_to
     _write_results(folder, tasks, answered, results)
     return Outcome(folder=folder, results=results, resumed=resumed)
 
@@ -121,7 +124,7 @@ def _checkpoint(config: Config) -> Checkpoint:
     found = newest(config.run_folder / "checkpoints")
     if not found:
         raise UserError(
-            f"{storage.place(config.run_folder)}: holds no checkpoint; train first or give"
+            f"{storage.uri(config.run_folder)}: holds no checkpoint; train first or give"
             " evaluation.checkpoint"
         )
     return found
@@ -153,73 +156,6 @@ def _check(config: Config, checkpoint: Checkpoint, dataset: Dataset) -> None:
         check_model(config.llama, config.models_folder)
 
 
-def ask(config: Config, checkpoint: Checkpoint, dataset: Dataset) -> list[Question]:
-    """The questions of an evaluation; UserError if the feedback it wants is not to be had."""
-    hybrid = checkpoint.state["kind"] == "hybrid"
-    asked = dataset.asked[: config.evaluation.limit]
-    same = checkpoint.state["dataset"]["fingerprint"] == dataset.fingerprint
-    known = same and config.evaluation.puzzle_ids == "trained"
-    source = config.feedback.source if hybrid else "none"
-    if source == "demos":
-        _check_held_out(dataset, asked, checkpoint.trained_on)
-    # All that could be asked: what is read instead must not depend on evaluation.limit.
-    shown = [replace(dataset.tasks[t], train=dataset.demonstrations(t)) for t in dataset.asked]
-    shuffled = hybrid and config.evaluation.text == "shuffled"
-    if shuffled and len(shown) < 2:
-        raise UserError("evaluation.text=shuffled: there is no other task to read")
-    answers = Dataset.open(config.data_folder, answers=True) if source == "oracle" else None
-    questions = []
-    for n, task in enumerate(asked):
-        first, stop = (int(v) for v in dataset.first_variant[task : task + 2])
-        voting = min(config.evaluation.variants or stop - first, stop - first)
-        if source == "vote" and voting < 2:
-            raise UserError(f"feedback.source=vote: {shown[n].id} has one view, nobody to compare")
-        if not hybrid:
-            stop = first + voting
-        views = [dataset.augmentation(variant) for variant in range(first, stop)]
-        questions.append(
-            Question(
-                task=shown[n],
-                side=int(dataset.sides[task]),
-                views=tuple(views[:voting]),
-                spare_views=tuple(views[voting:]),
-                identifiers=range(first + 1, stop + 1) if known else range(0),
-                held_out=dataset.held_out(task)[0] if source == "demos" else None,
-                # Neighbours by id may be of a kind; half the list away is another task anyway.
-                read_instead=shown[n - (len(shown) + 1) // 2] if shuffled else None,
-                answers=_answers(answers.tasks[task]) if answers else None,
-            )
-        )
-    return questions
-
-
-def _answers(task: Task) -> tuple[Grid, ...]:
-    found = tuple(pair.output for pair in task.test if pair.output is not None)
-    if len(found) < len(task.test):
-        raise UserError(f"feedback.source=oracle: the answers of {task.id} are not known")
-    return found
-
-
-def _check_held_out(dataset: Dataset, asked: Sequence[int], trained_on: Sequence[str]) -> None:
-    """A demonstration that the model was trained on proves nothing: it is known by heart."""
-    if not dataset.meta["config"]["hold_out_demos"]:
-        raise UserError(
-            "feedback.source=demos: no demonstration was held out; prepare and train with"
-            " data.hold_out_demos=1"
-        )
-    seen = set(trained_on)
-    void = [
-        dataset.tasks[task].id
-        for task in asked
-        if any(pair_hash(pair) in seen for pair in dataset.held_out(task))
-    ]
-    if void:
-        raise UserError(
-            f"feedback.source=demos: the model was trained on the held-out demonstrations of"
-            f" {len(void)} tasks ({', '.join(void[:5])}{', ...' if len(void) > 5 else ''})"
-        )
-
-
 def _name(config: Config, checkpoint: Checkpoint, dataset: Dataset) -> str:
     """Evaluations that could differ in an answer have different folders."""
     settings = {key: getattr(config.evaluation, key) for key in AFFECTS_ANSWERS}
@@ -238,12 +174,12 @@ def _name(config: Config, checkpoint: Checkpoint, dataset: Dataset) -> str:
     return f"{checkpoint.name}-{digest}{oracle}"
 
 
-def _beside(config: Config, name: str, questions: dict[str, Any]) -> dict[str, Any]:
+def _compare_to(config: Config, name: str, questions: dict[str, Any]) -> dict[str, Any]:
     """The scores of another run's newest evaluation of the same questions."""
     folder = config.runs_folder / name / "evaluation"
     results = [folder / evaluation / "results.json" for evaluation in storage.names(folder)]
     for path in results:
-        storage.obtain(path)
+        storage.download(path)
     there = [path for path in results if path.exists()]
     for path in sorted(there, key=storage.modified, reverse=True):
         other = json.loads(path.read_text())
@@ -251,7 +187,7 @@ def _beside(config: Config, name: str, questions: dict[str, Any]) -> dict[str, A
             kept = ("title", "oracle", "scores", "spent")
             return {"run": name, **{key: other[key] for key in kept if key in other}}
     raise UserError(
-        f"evaluation.beside: {storage.place(folder)} holds no evaluation of the same questions"
+        f"evaluation.compare_to: {storage.uri(folder)} holds no evaluation of the same questions"
     )
 
 
@@ -274,7 +210,7 @@ def _write_results(
         _write_json(folder / "submission.json", submission)
     _write_json(folder / "results.json", results)
     write_report(folder / "report.html", tasks, answered, results)
-    storage.publish(folder / "report.html")
+    storage.upload(folder / "report.html")
 
 
 NO_ANSWER = [[0, 0], [0, 0]]
@@ -296,4 +232,4 @@ def _write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(value) + "\n")
     os.replace(temporary, path)
-    storage.publish(path)
+    storage.upload(path)

@@ -13,9 +13,9 @@ from hybrid.arc import Grid, Rate, score, string_to_grid
 from hybrid.checkpoint import read
 from hybrid.config import Config
 from hybrid.dataset import Dataset
-from hybrid.evaluate.hybrid import HybridAnswerer
-from hybrid.evaluate.run import ask
-from hybrid.evaluate.solve import Prediction, Solver
+from hybrid.evaluate.hybrid_predictor import HybridPredictor
+from hybrid.evaluate.questions import select_questions
+from hybrid.evaluate.trm_predictor import Prediction, TRMPredictor
 from hybrid.llm import Reader
 
 
@@ -59,13 +59,13 @@ def validate(
     dataset = Dataset.open(config.data_folder)
     assert dataset.meta["config"]["hold_out_tasks"], "nothing is held out for this"
     whole = read(checkpoint)
-    solver: Solver | HybridAnswerer
+    solver: TRMPredictor | HybridPredictor
     if whole.state["kind"] == "hybrid":
-        solver = HybridAnswerer(whole, config, device, reader)
+        solver = HybridPredictor(whole, config, device, reader)
     else:
         compiled = config.cluster.compiles
-        solver = Solver(whole, config.evaluation, device, compiled=compiled)
-    questions = ask(config, whole, dataset)
+        solver = TRMPredictor(whole, config.evaluation, device, compiled=compiled)
+    questions = select_questions(config, whole, dataset)
     answered = {question.task.id: solver.solve(question) for question in questions}
     # Here predictions meet answers, and nowhere above.
     answers = Dataset.open(config.data_folder, answers=True)

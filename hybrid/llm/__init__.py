@@ -34,11 +34,13 @@ def check_model(config: LlamaConfig, models: Path) -> None:
 
 
 def open_reader(
-    config: LlamaConfig, device: torch.device, *, models: Path, encodings: Path
+    config: LlamaConfig, device: torch.device, *, models: Path, prompt_cache: Path
 ) -> Reader:
     """The language model of `config`, ready to read; see `load_backbone` for what it raises."""
-    from hybrid.llm.encodings import EncodingStore  # transformers takes a second to import
     from hybrid.llm.load import load_backbone
+    from hybrid.llm.prompt_cache import PromptCacheStore  # transformers takes a second to import
 
     backbone = load_backbone(config, device, models)
-    return Reader(backbone, EncodingStore(encodings, backbone) if config.encodings else None)
+    return Reader(
+        backbone, PromptCacheStore(prompt_cache, backbone) if config.prompt_cache else None
+    )

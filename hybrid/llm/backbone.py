@@ -29,7 +29,7 @@ Tokens = Sequence[int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoding:
+class PromptCache:
     """Problems as the model remembers them."""
 
     tokens: Tensor
@@ -42,16 +42,16 @@ class Encoding:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def take(self, rows: Tensor) -> Encoding:
+    def take(self, rows: Tensor) -> PromptCache:
         """Some of the rows."""
-        return Encoding(
+        return PromptCache(
             tokens=self.tokens[rows],
             mask=self.mask[rows],
             layers=tuple((keys[rows], values[rows]) for keys, values in self.layers),
         )
 
     @staticmethod
-    def join(parts: Sequence[Encoding], order: Sequence[int] | None = None) -> Encoding:
+    def join(parts: Sequence[PromptCache], order: Sequence[int] | None = None) -> PromptCache:
         """Several batches as one, padded to the longest problem; row n is their row order[n]."""
         longest = max(part.tokens.shape[1] for part in parts)
         length = padded_length(longest, PROBLEM_MULTIPLE, parts[0].tokens.device)
@@ -71,7 +71,7 @@ class Encoding:
             )
             return keys, values
 
-        return Encoding(
+        return PromptCache(
             tokens=one([part.tokens for part in parts], 1),
             mask=one([part.mask for part in parts], 1),
             layers=tuple(layer(number) for number in range(len(parts[0].layers))),
@@ -155,7 +155,7 @@ class Backbone:
         found: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
         return found.strip()
 
-    def encode(self, problems: Sequence[Tokens]) -> Encoding:
+    def encode(self, problems: Sequence[Tokens]) -> PromptCache:
         """Problems [B] of token ids, `batch_size` at a time. Without gradient if frozen.
 
         Problems of like length go together: in the order they come, half of a batch is padding.
@@ -169,10 +169,15 @@ class Backbone:
             for first in range(0, len(order), size)
         ]
         place = {n: at for at, n in enumerate(order)}
-        return Encoding.join(parts, [place[n] for n in range(len(problems))])
+        return PromptCache.join(parts, [place[n] for n in range(len(problems))])
 
     def read(
-        self, encoding: Encoding, latent: Tensor, texts: Sequence[Tokens], *, recompute: bool = True
+        self,
+        encoding: PromptCache,
+        latent: Tensor,
+        texts: Sequence[Tokens],
+        *,
+        recompute: bool = True,
     ) -> Tensor:
         """[B, hidden] float32 at least: the last hidden state behind [problem][latent][text].
 
@@ -188,7 +193,7 @@ class Backbone:
 
     @torch.no_grad()
     def generate(
-        self, encoding: Encoding, latent: Tensor, texts: Sequence[Tokens], most: int
+        self, encoding: PromptCache, latent: Tensor, texts: Sequence[Tokens], most: int
     ) -> list[list[int]]:
         """Greedy continuations of up to `most` tokens, all rows at once, each to its end token."""
         past, embedded, mask = self._attempt(encoding, latent, texts)
@@ -219,10 +224,10 @@ class Backbone:
             last = self.model.model(None, seen.long(), position, cache, embedded)[0][:, -1]
         return written
 
-    def _encode(self, problems: Sequence[Tokens]) -> Encoding:
+    def _encode(self, problems: Sequence[Tokens]) -> PromptCache:
         ids, mask = left_padded(problems, PROBLEM_MULTIPLE, self.device)
         if self.config.prefix == "problem":
-            return Encoding(tokens=ids, mask=mask, layers=())
+            return PromptCache(tokens=ids, mask=mask, layers=())
         learns = torch.is_grad_enabled() and not self.config.frozen
         # With gradient always recomputed: activations of a whole prompt are gigabytes.
         cache = recording_cache(len(self.model.model.layers)) if learns else DynamicCache()
@@ -230,11 +235,11 @@ class Backbone:
             embedded = self.model.get_input_embeddings()(ids).to(self.dtype)
             self._forward(embedded, mask, None, cache, recompute=True)
         layers = tuple((layer.keys, layer.values) for layer in cache.layers)
-        return Encoding(tokens=ids, mask=mask, layers=layers)
+        return PromptCache(tokens=ids, mask=mask, layers=layers)
 
     def _attempt(
-        self, encoding: Encoding, latent: Tensor, texts: Sequence[Tokens]
-    ) -> tuple[Encoding | None, Tensor, Tensor]:
+        self, encoding: PromptCache, latent: Tensor, texts: Sequence[Tokens]
+    ) -> tuple[PromptCache | None, Tensor, Tensor]:
         """Past of an attempt, None with prefix=problem; its embedded positions and their mask."""
         ids, mask = left_padded(texts, TEXT_MULTIPLE, self.device)
         if self.config.prefix == "problem":
@@ -256,7 +261,7 @@ class Backbone:
         self,
         embedded: Tensor,
         mask: Tensor,
-        past: Encoding | None,
+        past: PromptCache | None,
         cache: Any,
         recompute: bool = False,
     ) -> tuple[Tensor, Tensor]:

@@ -33,8 +33,8 @@ class LlamaConfig:
     """Tokens of reasoning that an attempt may write before it is read; 0 writes none."""
     batch_size: int = 8
     """Problems encoded at a time."""
-    encodings: bool = False
-    """Read problem encodings that jobs/encode.py has put under paths.encodings."""
+    prompt_cache: bool = False
+    """Read problem encodings that jobs/cache_prompts.py has put under paths.prompt_cache."""
 
     def __post_init__(self) -> None:
         problems = check_fields(
@@ -46,9 +46,9 @@ class LlamaConfig:
         )
         if not self.model:
             problems.append("model must be named")
-        if self.encodings and not self.frozen:
+        if self.prompt_cache and not self.frozen:
             problems.append("encodings of a model that is trained would be stale: frozen or none")
-        if self.encodings and self.prefix == "problem":
+        if self.prompt_cache and self.prefix == "problem":
             problems.append("encodings hold a problem with nothing before it: prefix=attempt")
         if problems:
             raise ValueError("\n".join(problems))

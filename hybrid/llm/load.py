@@ -46,7 +46,7 @@ def load_backbone(config: LlamaConfig, device: torch.device, cache: Path) -> Bac
         return Backbone(_adapted(model).to(device), tokenizer, config, "none", dtype)
     place, revision = _place(config, cache)
     options = {"revision": config.revision} if config.revision else {}
-    with _explained(config.model):
+    with _wrap_llm_errors(config.model):
         shape_of = AutoConfig.from_pretrained(place, trust_remote_code=False, **options)
         _check_length(config, shape_of)
         _check_memory(config, shape_of, weights, device)
@@ -77,7 +77,7 @@ def check_model(config: LlamaConfig, cache: Path) -> None:
     if config.model == "tiny-random":
         found = tiny_random(torch.float32)[0].config
     else:
-        with _explained(config.model):
+        with _wrap_llm_errors(config.model):
             found = AutoConfig.from_pretrained(
                 place, trust_remote_code=False, revision=config.revision
             )
@@ -113,7 +113,7 @@ def shape(config: LlamaConfig) -> Shape | None:
     if file.suffix == ".gguf":
         file, options["gguf_file"] = file.parent, file.name
     try:
-        with _explained(name):
+        with _wrap_llm_errors(name):
             found = AutoConfig.from_pretrained(str(file), revision=config.revision, **options)
             return _shape(found)
     except UserError:
@@ -169,7 +169,7 @@ def _converted(file: Path, folder: Path) -> Path:
     partial = folder.with_name(f".{folder.name}.partial-{uuid4().hex}")
     where = {"gguf_file": file.name, "trust_remote_code": False}
     try:
-        with _explained(str(file)):
+        with _wrap_llm_errors(str(file)):
             tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
             model, loaded = AutoModelForCausalLM.from_pretrained(
                 file.parent, dtype=torch.float32, output_loading_info=True, **where
@@ -261,7 +261,7 @@ def _adapted(model: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _explained(model: str) -> Iterator[None]:
+def _wrap_llm_errors(model: str) -> Iterator[None]:
     """Turns what transformers and the hub raise into one line that says what to do."""
     try:
         with _quiet():

@@ -13,8 +13,8 @@ from hybrid.errors import UserError
 from hybrid.llm.prompt import CUE, REASONING_CUE, format_problem_text
 
 if TYPE_CHECKING:  # transformers takes a second that runs without a language model should not pay
-    from hybrid.llm.backbone import Backbone, Encoding
-    from hybrid.llm.encodings import EncodingStore
+    from hybrid.llm.backbone import Backbone, PromptCache
+    from hybrid.llm.prompt_cache import PromptCacheStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Prompt:
 class Reader:
     """A language model that reads problems; what an attempt says to it and takes from it."""
 
-    def __init__(self, backbone: Backbone, store: EncodingStore | None = None) -> None:
+    def __init__(self, backbone: Backbone, store: PromptCacheStore | None = None) -> None:
         self.backbone = backbone
         self.store = store
         """Encodings made beforehand; what is not in it is encoded when it is needed."""
@@ -56,19 +56,19 @@ class Reader:
             f" which takes {len(tokens)}"
         )
 
-    def encode(self, prompts: Sequence[Prompt]) -> Encoding:
+    def encode(self, prompts: Sequence[Prompt]) -> PromptCache:
         """Key-value caches of the problems, in one batch; from the store where it has them."""
         problems = [prompt.tokens for prompt in prompts]
         return self.store.encode(problems) if self.store else self.backbone.encode(problems)
 
-    def encoding_costs(self, prompts: Sequence[Prompt]) -> list[int]:
+    def caching_costs(self, prompts: Sequence[Prompt]) -> list[int]:
         """Tokens that `encode` takes of each; with prefix=problem attempts pay them instead."""
         once = self.config.prefix == "attempt"
         return [len(prompt.tokens) if once else 0 for prompt in prompts]
 
     def read(
         self,
-        encoding: Encoding,
+        encoding: PromptCache,
         latent: Tensor,
         histories: Sequence[Sequence[str]],
         recompute: bool,

@@ -3,33 +3,33 @@
 from hybrid.llm.prompt import format_problem_text
 from hybrid.solver.config import FeedbackConfig
 from hybrid.solver.feedback import (
+    AttemptResult,
     Confidence,
     Demos,
-    Judge,
-    Nothing,
+    Feedback,
+    FeedbackSource,
+    NoFeedback,
     Oracle,
-    Seen,
-    Verdict,
     Vote,
-    grid_to_feedback,
+    describe_errors,
 )
-from hybrid.solver.hybrid import Attempt, HybridSolver, Rows, attempts, read_out
+from hybrid.solver.model import Attempt, AttemptState, HybridModel, attempts, read_out
 
 __all__ = [
     "Attempt",
+    "AttemptResult",
+    "AttemptState",
     "Confidence",
     "Demos",
+    "Feedback",
     "FeedbackConfig",
-    "HybridSolver",
-    "Judge",
-    "Nothing",
+    "FeedbackSource",
+    "HybridModel",
+    "NoFeedback",
     "Oracle",
-    "Rows",
-    "Seen",
-    "Verdict",
     "Vote",
     "attempts",
+    "describe_errors",
     "format_problem_text",
-    "grid_to_feedback",
     "read_out",
 ]

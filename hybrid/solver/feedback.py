@@ -1,7 +1,7 @@
 """Typed feedback: what is said of an attempt, and whether the row stops. One class a source.
 
-Every source sees the same of an attempt (`Seen`): what the solver itself made. Only `Oracle` is
-built with answers.
+Every source receives the same `AttemptResult`, made by the model alone. Only `Oracle` is built with
+answers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Cell = tuple[int, int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
+class AttemptResult:
     """What an attempt made of a row, in the row's own orientation and colours."""
 
     row: int
@@ -34,12 +34,12 @@ class Seen:
     grid: Grid
     confidence: float
     """Probability of the halt head, 0..1."""
-    doubts: tuple[Cell, ...]
+    least_confident: tuple[Cell, ...]
     """The least sure cells of the grid, the least sure first."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class Feedback:
     """The feedback on an attempt."""
 
     text: str
@@ -47,15 +47,15 @@ class Verdict:
     stop: bool
 
 
-class Judge(Protocol):
+class FeedbackSource(Protocol):
     """A source of feedback."""
 
-    def __call__(self, number: int, seen: Sequence[Seen]) -> list[Verdict]:
+    def __call__(self, number: int, seen: Sequence[AttemptResult]) -> list[Feedback]:
         """Verdicts on attempt `number` (1, 2, ...) of some rows."""
         ...
 
 
-def grid_to_feedback(predicted: Grid, answer: Grid, most: int = MOST_CELLS) -> str:
+def describe_errors(predicted: Grid, answer: Grid, most: int = MOST_CELLS) -> str:
     """What is wrong with a prediction, at most `most` cells of it and never more than five."""
     if predicted.size == 0:
         return "no grid"
@@ -70,11 +70,11 @@ def grid_to_feedback(predicted: Grid, answer: Grid, most: int = MOST_CELLS) -> s
     return f"{len(comparison.wrong)} wrong: {named}".removesuffix(": ")
 
 
-class Nothing:
+class NoFeedback:
     """Source `none`: silence, to the last attempt."""
 
-    def __call__(self, number: int, seen: Sequence[Seen]) -> list[Verdict]:
-        return [Verdict(text="", stop=False) for _ in seen]
+    def __call__(self, number: int, seen: Sequence[AttemptResult]) -> list[Feedback]:
+        return [Feedback(text="", stop=False) for _ in seen]
 
 
 class Confidence:
@@ -83,13 +83,13 @@ class Confidence:
     def __init__(self, config: FeedbackConfig) -> None:
         self.config = config
 
-    def __call__(self, number: int, seen: Sequence[Seen]) -> list[Verdict]:
+    def __call__(self, number: int, seen: Sequence[AttemptResult]) -> list[Feedback]:
         return [self._judge(number, one) for one in seen]
 
-    def _judge(self, number: int, one: Seen) -> Verdict:
-        doubts = _cells("least", one.doubts[: self.config.cells])
-        return Verdict(
-            text=_line(number, f"{one.confidence:.0%} sure{doubts}"),
+    def _judge(self, number: int, one: AttemptResult) -> Feedback:
+        least_confident = _cells("least", one.least_confident[: self.config.cells])
+        return Feedback(
+            text=_line(number, f"{one.confidence:.0%} sure{least_confident}"),
             stop=one.confidence > self.config.threshold,
         )
 
@@ -107,11 +107,11 @@ class Vote:
         """Per row its augmentation."""
         self.latest: dict[int, Grid] = {}
 
-    def __call__(self, number: int, seen: Sequence[Seen]) -> list[Verdict]:
+    def __call__(self, number: int, seen: Sequence[AttemptResult]) -> list[Feedback]:
         self.latest |= {one.row: self.views[one.row].invert(one.grid) for one in seen}
         return [self._judge(number, one) for one in seen]
 
-    def _judge(self, number: int, one: Seen) -> Verdict:
+    def _judge(self, number: int, one: AttemptResult) -> Feedback:
         mine = self.latest[one.row]
         all_views = [g for row, g in self.latest.items() if self.tests[row] == self.tests[one.row]]
         agree = sum(np.array_equal(mine, other) for other in all_views)
@@ -126,7 +126,7 @@ class Vote:
             places = [divmod(int(n), where.shape[1]) for n in worst if where.flat[n] > 0]
             text += _cells("differ", [(r, c, int(one.grid[r, c])) for r, c in places])
         stop = bool(mine.size) and share > self.config.threshold and len(all_views) > 1
-        return Verdict(text=_line(number, text), stop=stop)
+        return Feedback(text=_line(number, text), stop=stop)
 
 
 class Demos:
@@ -141,15 +141,15 @@ class Demos:
         self.outputs = outputs
         """Of the rows that ask held-out demonstrations."""
 
-    def __call__(self, number: int, seen: Sequence[Seen]) -> list[Verdict]:
+    def __call__(self, number: int, seen: Sequence[AttemptResult]) -> list[Feedback]:
         grids = {one.row: one.grid for one in seen}
-        verdicts = []
+        feedbacks = []
         for one in seen:
             other = self.partner[one.row]
-            said = grid_to_feedback(grids[other], self.outputs[other], self.config.cells)
+            said = describe_errors(grids[other], self.outputs[other], self.config.cells)
             text = _line(number, f"on a held-out example {said}")
-            verdicts.append(Verdict(text=text, stop=said == "right"))
-        return verdicts
+            feedbacks.append(Feedback(text=text, stop=said == "right"))
+        return feedbacks
 
 
 class Oracle:
@@ -160,12 +160,12 @@ class Oracle:
         self.answers = answers
         """Per row, in its own orientation and colours."""
 
-    def __call__(self, number: int, seen: Sequence[Seen]) -> list[Verdict]:
-        verdicts = []
+    def __call__(self, number: int, seen: Sequence[AttemptResult]) -> list[Feedback]:
+        feedbacks = []
         for one in seen:
-            said = grid_to_feedback(one.grid, self.answers[one.row], self.config.cells)
-            verdicts.append(Verdict(text=_line(number, said), stop=said == "right"))
-        return verdicts
+            said = describe_errors(one.grid, self.answers[one.row], self.config.cells)
+            feedbacks.append(Feedback(text=_line(number, said), stop=said == "right"))
+        return feedbacks
 
 
 def _line(number: int, said: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid import storage
-from hybrid.sweep.ranking import Trial, ranked
+from hybrid.sweep.results import Trial, ranked
 from hybrid.sweep.space import Axis
 
 WIDTH, HEIGHT = 300, 220
@@ -35,7 +35,7 @@ def write_report(path: Path, title: str, trials: Sequence[Trial], axes: Sequence
     partial = path.with_name(f".{path.name}.tmp")
     partial.write_text(page, encoding="utf-8")
     os.replace(partial, path)
-    storage.publish(path)
+    storage.upload(path)
 
 
 def _summary(trials: Sequence[Trial]) -> str:

@@ -124,7 +124,7 @@ def _wrong(kind: Any, values: Any) -> str | None:
     return None
 
 
-def draw(axes: Sequence[Axis], samples: int, seed: int) -> list[dict[str, Any]]:
+def draw(axes: Sequence[Axis], num_samples: int, seed: int) -> list[dict[str, Any]]:
     """Values of the trials: every combination of the grids, the other keys drawn `samples` times.
 
     The same trial twice would end in the same weights: it is there once.
@@ -132,7 +132,7 @@ def draw(axes: Sequence[Axis], samples: int, seed: int) -> list[dict[str, Any]]:
     rng = np.random.default_rng(seed)
     grids = [axis for axis in axes if axis.kind == "grid"]
     found: dict[str, dict[str, Any]] = {}
-    for _ in range(samples):
+    for _ in range(num_samples):
         for combination in itertools.product(*(axis.values for axis in grids)):
             chosen = dict(zip((axis.key for axis in grids), combination, strict=True))
             drawn = {axis.key: _draw(axis, rng) for axis in axes if axis.kind != "grid"}

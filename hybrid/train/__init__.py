@@ -3,12 +3,12 @@
 from hybrid.train.estimate import estimate
 from hybrid.train.joint import Joint, joint
 from hybrid.train.loop import Result
-from hybrid.train.meter import validated
-from hybrid.train.plan import check, check_feedback, total_steps
+from hybrid.train.metrics import validated
+from hybrid.train.preflight import check, check_feedback, total_steps
 from hybrid.train.pretrain import Pretraining, pretrain
-from hybrid.train.runlog import parse_metrics
 from hybrid.train.state import TrainState, initial_checkpoint
-from hybrid.train.step import Diverged
+from hybrid.train.tracking import parse_metrics
+from hybrid.train.update import Diverged
 
 __all__ = [
     "Diverged",

@@ -13,7 +13,7 @@ from hybrid.dataset import Dataset
 from hybrid.errors import UserError
 from hybrid.llm import Shape
 from hybrid.train.memory import Worker
-from hybrid.train.plan import total_steps, training_stream
+from hybrid.train.preflight import total_steps, training_stream
 from hybrid.trm import TRM, TRMConfig
 
 GiB = 2**30

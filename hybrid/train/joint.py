@@ -18,15 +18,23 @@ from hybrid.arc import PAD
 from hybrid.config import Config
 from hybrid.context import RunContext
 from hybrid.dataset import Dataset, Stream
-from hybrid.dataset.stream import Rows, by_side
-from hybrid.evaluate import Validation, play, validate
+from hybrid.dataset.stream import Rows, split_by_canvas
+from hybrid.evaluate import Validation, run_attempts, validate
 from hybrid.llm import Reader, open_reader
-from hybrid.solver import Attempt, HybridSolver, Judge, Nothing, Oracle, attempts, read_out
+from hybrid.solver import (
+    Attempt,
+    FeedbackSource,
+    HybridModel,
+    NoFeedback,
+    Oracle,
+    attempts,
+    read_out,
+)
 from hybrid.solver.feedback import Confidence
 from hybrid.train.loop import Result, train
-from hybrid.train.plan import training_stream
+from hybrid.train.preflight import training_stream
 from hybrid.train.state import fresh
-from hybrid.train.step import Sums, add_up, clear_gradients, exploration, micro_batches, move
+from hybrid.train.update import Sums, add_up, clear_gradients, exploration, micro_batches, move
 from hybrid.trm import IGNORE, Batch, act_loss
 
 CALIBRATION_ROWS = 64
@@ -56,10 +64,10 @@ class Joint:
                 config.llama,
                 context.device,
                 models=config.models_folder,
-                encodings=config.encodings_folder,
+                prompt_cache=config.prompt_cache_folder,
             )
         self.state = fresh(config, dataset, slots, context.device, self.reader, hybrid=True)
-        assert isinstance(self.state.model, HybridSolver)
+        assert isinstance(self.state.model, HybridModel)
         self.solver = self.state.model
         self.stream = training_stream(config, dataset)
         adapter = config.adapter.lr
@@ -77,7 +85,7 @@ class Joint:
         for first in range(0, CALIBRATION_ROWS, size):
             places = np.arange(first, min(first + size, CALIBRATION_ROWS))
             rows = self.stream.rows(places)
-            for mine, part in by_side(rows):
+            for mine, part in split_by_canvas(rows):
                 inputs = torch.from_numpy(part["inputs"]).int().to(device)
                 blank = self.state.trm.puzzle_table[:1].repeat(len(inputs), 1)
                 problems = self.stream.problems(places[mine])
@@ -101,7 +109,7 @@ class Joint:
         clear_gradients(state)
         # The slots have just taken their rows: those belong to the round before.
         places = self.stream.positions(
-            state.taken.numpy() - 1, np.array(state.slots), training.batch_size
+            state.rows_consumed.numpy() - 1, np.array(state.slots), training.batch_size
         )
         ids = self._puzzle_ids(batch)
         row_grads = state.trm.puzzle_table.new_zeros(len(ids), state.trm.config.puzzle_emb_ndim)
@@ -118,7 +126,7 @@ class Joint:
         move(state, loss, ids, row_grads, self.rates, training, total_steps, self.context)
         return sums
 
-    def probe(self, stream: Stream, count: int) -> Rows:
+    def predict_training_pairs(self, stream: Stream, count: int) -> Rows:
         """After the last attempt, each pair read like a row of training."""
         rows, problems = stream.original_pairs(count), stream.original_problems(count)
         inputs = np.asarray(rows["inputs"], np.uint8)
@@ -127,14 +135,14 @@ class Joint:
         self.solver.eval()
         size = min(self.config.training.batch_size, self.config.evaluation.batch_size)
         said = np.full_like(inputs, PAD)
-        for chosen, of_side in by_side(rows):
+        for chosen, of_side in split_by_canvas(rows):
             numbers = np.arange(len(inputs))[chosen]
             for first in range(0, len(numbers), size):
                 mine = numbers[first : first + size]
                 prompts = None
                 if self.reader:
                     prompts = [self.reader.prompt(problems[n]) for n in mine]
-                played = play(
+                played = run_attempts(
                     self.solver,
                     of_side["inputs"][first : first + size],
                     table[ids[mine].to(table.device)],
@@ -195,11 +203,11 @@ class Joint:
                 total, window = total + window.detach(), torch.zeros_like(total)
         return total, sums
 
-    def _judge(self, batch: Batch | None) -> Judge:
+    def _judge(self, batch: Batch | None) -> FeedbackSource:
         """The source of feedback; of training rows the answer is a label, and known."""
         feedback = self.config.feedback
         if feedback.source == "none" or (feedback.source == "oracle" and batch is None):
-            return Nothing()
+            return NoFeedback()
         if feedback.source == "confidence" or batch is None:
             return Confidence(feedback)
         assert feedback.source == "oracle", feedback.source

@@ -1,6 +1,6 @@
 """The loop that all training has in common: order, resuming, metrics, checkpoints.
 
-What differs between training the TRM and training the hybrid is a `Learner`.
+What differs between training the TRM and training the hybrid is a `TrainModule`.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from hybrid.checkpoint import Checkpoint, newest, read
 from hybrid.config import Config
 from hybrid.context import RunContext, Signal, worker_slots
 from hybrid.dataset import Dataset
-from hybrid.errors import AgreedError, UserError
+from hybrid.errors import CollectiveUserError, UserError
 from hybrid.evaluate import Validation
-from hybrid.train.feed import Feed
-from hybrid.train.learner import Learner, MakeLearner
-from hybrid.train.meter import Meter, probed
-from hybrid.train.plan import (
-    refuse_another_reader,
-    refuse_changes,
+from hybrid.train.checkpointing import save_checkpoint, step_folder
+from hybrid.train.loader import SlotLoader
+from hybrid.train.metrics import MetricsAggregator, train_accuracies
+from hybrid.train.module import MakeTrainModule, TrainModule
+from hybrid.train.preflight import (
+    check_same_llm,
+    check_unchanged,
     total_steps,
     training_stream,
 )
-from hybrid.train.runlog import RunLog
-from hybrid.train.saving import save_checkpoint, step_folder
 from hybrid.train.state import CHECKPOINTS, restore
-from hybrid.train.step import Diverged, Sums
 from hybrid.train.stop import StopFile
+from hybrid.train.tracking import RunTracker
+from hybrid.train.update import Diverged, Sums
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Result:
     """Before its last step, because it was asked to."""
 
 
-def train(config: Config, context: RunContext, make: MakeLearner) -> Result:
+def train(config: Config, context: RunContext, make: MakeTrainModule) -> Result:
     """Train to the end, from the newest checkpoint of the run folder where there is one."""
     dataset = Dataset.open(config.data_folder)
     stream = training_stream(config, dataset)
@@ -61,8 +61,8 @@ def train(config: Config, context: RunContext, make: MakeLearner) -> Result:
     resumed = _newest_for_all(folder, context)
     # What a run began with may be gone by the time it is resumed.
     start = replace(config.trm, init_from=None) if resumed else config.trm
-    learner = make(replace(config, trm=start), dataset, context, slots)
-    state = learner.state
+    module = make(replace(config, trm=start), dataset, context, slots)
+    state = module.state
     stop_file = StopFile(config.run_folder)
     asked = Signal.NONE
     validating = context.rank == 0 and dataset.meta["config"]["hold_out_tasks"] > 0
@@ -72,43 +72,45 @@ def train(config: Config, context: RunContext, make: MakeLearner) -> Result:
         return step == total or step % config.training.save_every == 0
 
     if resumed:
-        refuse_changes(config, dataset, resumed, learner.kind, learner.sections)
-        refuse_another_reader(config, resumed, learner.describe())
+        check_unchanged(config, dataset, resumed, module.kind, module.sections)
+        check_same_llm(config, resumed, module.describe())
         restore(state, resumed)
-    first = int(state.taken.min())
+    first = int(state.rows_consumed.min())
     rounds = context.rounds(stream, slots, config.training.batch_size, first)
-    feed = Feed(rounds, first, state.taken, state.carry.current["side"])
+    feed = SlotLoader(rounds, first, state.rows_consumed, state.carry.current["side"])
     resumed_at = state.step if resumed else None
-    with RunLog(config, project=learner.project, rank=context.rank, resumed_at=resumed_at) as run:
+    with RunTracker(
+        config, project=module.project, rank=context.rank, resumed_at=resumed_at
+    ) as run:
         log.info("step %d of %d, %s", state.step, total, resumed.folder if resumed else "fresh")
         if state.step == 0:
-            learner.start()
-        meter = Meter(learner, stream, config, context, run)
+            module.start()
+        metrics = MetricsAggregator(module, stream, config, context, run)
         if state.step == 0:
-            meter.probe()
-        elif validating and regular(state.step) and state.step not in meter.validated():
-            meter.validate(step_folder(folder, state.step))  # killed in the middle of it
+            metrics.measure_train_accuracy()
+        elif validating and regular(state.step) and state.step not in metrics.validated():
+            metrics.validate(step_folder(folder, state.step))  # killed in the middle of it
         while state.step < total and asked is not Signal.STOP:
-            sums = _step(learner, feed, total, folder)
+            sums = _step(module, feed, total, folder)
             mine = max(context.signal(), stop_file.signal() if context.rank == 0 else Signal.NONE)
             asked = context.agree(mine)
             saving = regular(state.step) or asked is not Signal.NONE
             # What is not written yet would be lost to a run that resumes here.
-            meter.add(sums, feed.waited, saving)
+            metrics.add(sums, feed.waited, saving)
             if state.step == total:
-                meter.probe()
+                metrics.measure_train_accuracy()
             if saving:
-                run.publish()  # or what was measured since the last time might be lost
-                described = {"kind": learner.kind, **learner.describe()}
+                run.upload()  # or what was measured since the last time might be lost
+                described = {"kind": module.kind, **module.describe()}
                 save_checkpoint(state, described, dataset, config, context, folder)
                 if regular(state.step) and validating:
-                    meter.validate(step_folder(folder, state.step))
-                run.publish()
+                    metrics.validate(step_folder(folder, state.step))
+                run.upload()
                 context.report(
-                    {"step": state.step, **meter.latest}, step_folder(folder, state.step)
+                    {"step": state.step, **metrics.latest}, step_folder(folder, state.step)
                 )
-    probes = probed(config.run_folder) if context.rank == 0 else {}
-    validations = meter.validated() if context.rank == 0 else {}
+    probes = train_accuracies(config.run_folder) if context.rank == 0 else {}
+    validations = metrics.validated() if context.rank == 0 else {}
     return Result(
         step=state.step,
         checkpoint=step_folder(folder, state.step),
@@ -133,16 +135,16 @@ def _newest_for_all(folder: Path, context: RunContext) -> Checkpoint | None:
     chosen = torch.tensor([step], dtype=torch.int64, device=context.device)
     step = int(context.gather(chosen, context.world_size)[0])
     if step == -2:
-        raise AgreedError(str(problem or f"{storage.place(folder)}: no whole checkpoint"))
+        raise CollectiveUserError(str(problem or f"{storage.uri(folder)}: no whole checkpoint"))
     if context.rank and step >= 0:
         return read(step_folder(folder, step), verified=True)
     return found
 
 
-def _step(learner: Learner, feed: Feed, total: int, folder: Path) -> Sums:
-    batch = feed.refill(learner.state.carry, learner.state.halted)
+def _step(module: TrainModule, feed: SlotLoader, total: int, folder: Path) -> Sums:
+    batch = feed.refill(module.state.carry, module.state.halted)
     try:
-        return learner.step(batch, total)
+        return module.step(batch, total)
     except Diverged as error:
         good = newest(folder)
         kept = good.folder if good else "none yet"

@@ -16,7 +16,7 @@ from hybrid import storage
 from hybrid.config import Config
 from hybrid.dataset import Dataset, Stream
 from hybrid.errors import UserError
-from hybrid.train.plan import total_steps
+from hybrid.train.preflight import total_steps
 
 PLAIN_EVERY_S = 15.0
 """Seconds between lines where there is no terminal to draw a bar on."""
@@ -86,7 +86,7 @@ def _text(metrics: dict[str, Any]) -> str:
 def _follow(path: Path, show: _Bar | _Lines, stop: threading.Event) -> None:
     # What an earlier run has written is not progress of this one.
     shown = _last(path)
-    every = max(show.every, PLAIN_EVERY_S) if storage.is_copy(path) else show.every
+    every = max(show.every, PLAIN_EVERY_S) if storage.is_cached(path) else show.every
     while not stop.wait(every):
         metrics = _last(path)
         if metrics and metrics != shown:
@@ -97,7 +97,7 @@ def _follow(path: Path, show: _Bar | _Lines, stop: threading.Event) -> None:
 def _last(path: Path) -> dict[str, Any] | None:
     """The newest whole line that has a loss in it."""
     try:
-        if storage.is_copy(path):  # whose writer may be in this very process
+        if storage.is_cached(path):  # whose writer may be in this very process
             lines = (storage.read(path) or b"").split(b"\n")[:-1]
         else:
             with path.open("rb") as file:

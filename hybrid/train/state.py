@@ -24,8 +24,8 @@ from hybrid.dataset import Dataset
 from hybrid.device import fuse
 from hybrid.errors import UserError
 from hybrid.llm.reader import Reader
-from hybrid.solver import HybridSolver
-from hybrid.trm import TRM, AdamAtan2, Carry, MovingAverage, TRMConfig
+from hybrid.solver import HybridModel
+from hybrid.trm import TRM, AdamAtan2, Carry, ExponentialMovingAverage, TRMConfig
 
 log = logging.getLogger(__name__)
 
@@ -39,15 +39,15 @@ class TrainState:
 
     step: int
     """Optimiser steps done."""
-    model: TRM | HybridSolver
+    model: TRM | HybridModel
     optimizer: AdamAtan2
-    average: MovingAverage
+    ema: ExponentialMovingAverage
     slots: range
     """The slots of the global batch that this worker computes."""
     carry: Carry
     """What the TRM keeps between steps; the hybrid begins a row and ends it in one step, and of its
     carry only `current` counts."""
-    taken: Tensor
+    rows_consumed: Tensor
     """[slots] int64: rows each slot has taken, its place in the stream."""
     trained_on: list[str]
     """Content hashes of all pairs that the weights have seen, here or before they came here."""
@@ -85,9 +85,9 @@ def fresh(
     initial = initial_checkpoint(config)
     if initial:
         init_from(trm, initial, dataset)
-    model: TRM | HybridSolver = trm
+    model: TRM | HybridModel = trm
     if hybrid:
-        model = HybridSolver(
+        model = HybridModel(
             trm, reader, config.adapter, act_steps=training.act_steps, seed=training.seed
         )
     model.to(device)
@@ -101,10 +101,10 @@ def fresh(
             betas=(training.beta1, training.beta2),
             weight_decay=training.weight_decay,
         ),
-        average=MovingAverage(parameters, training.ema_rate),
+        ema=ExponentialMovingAverage(parameters, training.ema_rate),
         slots=slots,
         carry=trm.initial_carry(_no_rows(len(slots), dataset.canvas**2, device)),
-        taken=torch.zeros(len(slots), dtype=torch.int64),
+        rows_consumed=torch.zeros(len(slots), dtype=torch.int64),
         trained_on=sorted({*trained_on(dataset), *(initial.trained_on if initial else ())}),
     )
 
@@ -123,19 +123,19 @@ def initial_checkpoint(config: Config) -> Checkpoint | None:
     if name is None:
         return None
     if "/" in name:
-        return read(storage.member(name))
+        return read(storage.child(name))
     # The copy that its workers will read, who are told the place of the checkpoint.
-    place = storage.place(config.runs_folder / name / CHECKPOINTS)
+    place = storage.uri(config.runs_folder / name / CHECKPOINTS)
     found = newest(storage.folder(place))
     if not found:
         raise UserError(
             f"trm.init_from: {name} is no run with a checkpoint in"
-            f" {storage.place(config.runs_folder)} (a checkpoint folder is written with a /)"
+            f" {storage.uri(config.runs_folder)} (a checkpoint folder is written with a /)"
         )
     return found
 
 
-def refuse_other_sizes(config: TRMConfig, checkpoint: Checkpoint) -> None:
+def check_same_sizes(config: TRMConfig, checkpoint: Checkpoint) -> None:
     """UserError if a TRM of `config` cannot be filled from a checkpoint."""
     theirs = checkpoint.state["trm"]
     derived = ("num_puzzle_identifiers", "forward_dtype", "halt_max_steps", "halt_exploration_prob")
@@ -154,8 +154,8 @@ def init_from(trm: TRM, checkpoint: Checkpoint, dataset: Dataset) -> None:
     The table is taken as it is where it belongs to the same dataset; elsewhere every row becomes
     the mean row, and the log says so. Raises UserError for a TRM of other sizes.
     """
-    refuse_other_sizes(trm.config, checkpoint)
-    tensors = checkpoint.tensors("model") | checkpoint.tensors("average")
+    check_same_sizes(trm.config, checkpoint)
+    tensors = checkpoint.tensors("model") | checkpoint.tensors("ema")
     inside = {
         name.removeprefix("trm."): value
         for name, value in tensors.items()
@@ -181,7 +181,7 @@ def save(state: TrainState, partial: Path, rank: int) -> None:
         return
     write_tensors(partial, "model", weights(state.model))
     write_tensors(partial, "puzzle_table", {"puzzle_table": state.trm.puzzle_table})
-    write_tensors(partial, "average", state.average.shadow)
+    write_tensors(partial, "ema", state.ema.values)
     moments = {f"m.{name}": value for name, value in state.optimizer.m.items()}
     moments |= {f"v.{name}": value for name, value in state.optimizer.v.items()}
     write_tensors(partial, "optimizer", moments)
@@ -194,11 +194,11 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
     state.trm.puzzle_table.copy_(checkpoint.tensors("puzzle_table")["puzzle_table"])
     moments = checkpoint.tensors("optimizer")
     state.optimizer.t = state.step
-    shadow = checkpoint.tensors("average")
+    values = checkpoint.tensors("ema")
     for name in state.optimizer.parameters:
         state.optimizer.m[name].copy_(moments[f"m.{name}"])
         state.optimizer.v[name].copy_(moments[f"v.{name}"])
-        state.average.shadow[name].copy_(shadow[name])
+        state.ema.values[name].copy_(values[name])
     _restore_slots(state, checkpoint)
     state.halted = state.carry.halted.cpu()
     # With what the run began from, which may be gone.
@@ -242,8 +242,8 @@ def _restore_slots(state: TrainState, checkpoint: Checkpoint) -> None:
 
 def _slots(state: TrainState) -> dict[str, Any]:
     if not isinstance(state.model, TRM):
-        return {"taken": state.taken}
-    return {**state.carry.tensors(), "taken": state.taken}
+        return {"rows_consumed": state.rows_consumed}
+    return {**state.carry.tensors(), "rows_consumed": state.rows_consumed}
 
 
 def slots_name(slots: range) -> str:

@@ -32,7 +32,7 @@ class StopFile:
 
     def __init__(self, run_folder: Path) -> None:
         self.path = run_folder / STOP
-        self.every = LOOK_EVERY_S_IN_A_STORE if storage.is_copy(self.path) else LOOK_EVERY_S
+        self.every = LOOK_EVERY_S_IN_A_STORE if storage.is_cached(self.path) else LOOK_EVERY_S
         self.next = 0.0
 
     def signal(self) -> Signal:
@@ -77,4 +77,4 @@ def stoppable(run_folder: Path) -> Iterator[None]:
 def _write(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
-    storage.publish(path)
+    storage.upload(path)

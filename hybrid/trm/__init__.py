@@ -4,7 +4,7 @@ from hybrid.trm import upstream
 from hybrid.trm.config import TRMConfig
 from hybrid.trm.loss import IGNORE, act_loss, log_stablemax, stablemax_cross_entropy
 from hybrid.trm.model import TRM, Batch, Carry, Outputs
-from hybrid.trm.optim import AdamAtan2, MovingAverage, learning_rate, sign_sgd_
+from hybrid.trm.optim import AdamAtan2, ExponentialMovingAverage, learning_rate, sign_sgd_
 
 __all__ = [
     "IGNORE",
@@ -12,7 +12,7 @@ __all__ = [
     "AdamAtan2",
     "Batch",
     "Carry",
-    "MovingAverage",
+    "ExponentialMovingAverage",
     "Outputs",
     "TRMConfig",
     "act_loss",

@@ -203,13 +203,15 @@ class TRM(nn.Module):
         cycle; the new carry is detached.
         """
         carry = self._refill(carry, batch)
-        z_H, z_L, outputs = self.think(carry.current, carry.z_H, carry.z_L, puzzle_rows=puzzle_rows)
+        z_H, z_L, outputs = self.recurse(
+            carry.current, carry.z_H, carry.z_L, puzzle_rows=puzzle_rows
+        )
         steps = carry.steps + 1
         halted = self._halt(steps, outputs.q_halt.detach(), exploration)
         z_H, z_L = z_H.detach(), z_L.detach()
         return replace(carry, z_H=z_H, z_L=z_L, steps=steps, halted=halted), outputs
 
-    def think(
+    def recurse(
         self,
         current: Batch,
         z_H: Tensor,

@@ -85,19 +85,19 @@ def sign_sgd_(table: Tensor, ids: Tensor, grads: Tensor, *, lr: float, weight_de
     table[ids] = table[ids] * (1 - lr * weight_decay) - lr * summed.sign()
 
 
-class MovingAverage:
+class ExponentialMovingAverage:
     """EMA of the trained weights alone: no buffers, no puzzle table."""
 
     def __init__(self, parameters: Mapping[str, Tensor], rate: float) -> None:
         self.parameters = dict(parameters)
         self.rate = rate
-        self.shadow = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.values = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """shadow = rate * shadow + (1 - rate) * weight, after every optimiser step."""
         values: Iterable[Tensor] = self.parameters.values()
-        torch._foreach_lerp_(list(self.shadow.values()), list(values), 1 - self.rate)
+        torch._foreach_lerp_(list(self.values.values()), list(values), 1 - self.rate)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -110,4 +110,4 @@ class MovingAverage:
 
     def _swap(self) -> None:
         for name, parameter in self.parameters.items():
-            parameter.data, self.shadow[name] = self.shadow[name], parameter.data
+            parameter.data, self.values[name] = self.values[name], parameter.data

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrid.arc import EOS, PAD, Pair, Task, encode_grid, offset_range, parse_grid, tokens_to_grid
+from hybrid.arc import EOS, PAD, Pair, Task, offset_range, parse_grid, tokenize_grid, tokens_to_grid
 
 
 def test_decoding_is_the_published_rule(golden: Path) -> None:
@@ -31,8 +31,8 @@ def test_encoding_and_translation_are_the_published_ones(golden: Path) -> None:
     for i, row in enumerate(rows):
         pair = Pair(input=parse_grid(row["inp"], "i"), output=parse_grid(row["out"], "o"))
         offset = (row["pad_r"], row["pad_c"])
-        assert np.array_equal(encode_grid(pair.input, offset=offset), recorded["inp_seq"][i])
-        assert np.array_equal(encode_grid(pair.grids[1], offset=offset), recorded["out_seq"][i])
+        assert np.array_equal(tokenize_grid(pair.input, offset=offset), recorded["inp_seq"][i])
+        assert np.array_equal(tokenize_grid(pair.grids[1], offset=offset), recorded["out_seq"][i])
         highest = offset_range(pair)
         assert offset[0] < highest[0] and offset[1] < highest[1]
     assert len(rows) == 50
@@ -43,16 +43,16 @@ def test_offset_range_is_exactly_what_fits() -> None:
     pair = Pair(input=wide, output=tall)
     assert offset_range(pair, canvas=8) == (4, 2)
     assert offset_range(Pair(input=wide, output=None), canvas=8) == (7, 2)
-    encode_grid(tall, 8, (3, 1)), encode_grid(wide, 8, (3, 1))
+    tokenize_grid(tall, 8, (3, 1)), tokenize_grid(wide, 8, (3, 1))
     for grid, offset in ((tall, (4, 0)), (wide, (0, 2)), (wide, (-1, 0))):
         with pytest.raises(AssertionError, match="leaves a canvas"):
-            encode_grid(grid, 8, offset)
+            tokenize_grid(grid, 8, offset)
 
 
 def test_every_real_grid_survives_the_round_trip(sets: dict[str, list[Task]]) -> None:
     for task in (task for tasks in sets.values() for task in tasks):
         for grid in (grid for pair in task.pairs for grid in pair.grids):
-            tokens = encode_grid(grid)
+            tokens = tokenize_grid(grid)
             assert np.array_equal(tokens_to_grid(tokens), grid), task.id
             labels = np.where(tokens == PAD, -100, tokens.astype(np.int64))
             assert np.array_equal(tokens_to_grid(labels), grid), task.id
@@ -64,7 +64,7 @@ def test_eos_borders_the_grid_on_any_canvas(data: st.DataObject) -> None:
     height, width = data.draw(st.integers(1, canvas)), data.draw(st.integers(1, canvas))
     top, left = (data.draw(st.integers(0, canvas - side)) for side in (height, width))
     grid = np.full((height, width), data.draw(st.integers(0, 9)), np.uint8)
-    tokens = encode_grid(grid, canvas, (top, left))
+    tokens = tokenize_grid(grid, canvas, (top, left))
     assert tokens.shape == (canvas * canvas,) and tokens.dtype == np.uint8
     seen = tokens.reshape(canvas, canvas)
     for r, c in np.ndindex(canvas, canvas):

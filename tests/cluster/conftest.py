@@ -84,7 +84,7 @@ def make_experiment(root: Path, run: str, **sections: dict[str, Any]) -> Config:
             "save_every": 4,
             "lr": 1e-3,
             "lr_warmup_steps": 2,
-            "probe_pairs": 8,
+            "train_accuracy_pairs": 8,
         },
         "cluster": {"num_workers": 1, "cpus_per_worker": 0.5},
         "logging": {"run": run, "every": 2, "wandb": False},

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from hybrid.cluster import evaluate, pretrain
-from hybrid.cluster.evaluator import ray_solve_all
+from hybrid.cluster.evaluator import predict_on_ray
 from hybrid.config import Config
 from hybrid.evaluate import Job, Question
 from hybrid.evaluate import evaluate as run_evaluation
-from hybrid.evaluate.solve import Prediction
+from hybrid.evaluate.trm_predictor import Prediction
+from hybrid.launch import evaluate, pretrain
 
 Experiment = Callable[..., Config]
 
@@ -60,7 +60,7 @@ def test_a_killed_actor_loses_no_task_and_repeats_none_on_disk(
     ray_cluster: None, experiment: Experiment, checkpoint: Path
 ) -> None:
     config = evaluation(experiment, checkpoint, "killed", 2)
-    real = ray_solve_all(config)
+    real = predict_on_ray(config)
     came: list[str] = []
 
     def solve_and_kill(job: Job, questions: Sequence[Question]) -> Iterator[Prediction]:

@@ -11,9 +11,9 @@ import torch
 from helpers import assert_close, predictions
 from safetensors.torch import load_file
 
-from hybrid.cluster import encode, evaluate, joint
 from hybrid.config import Config
 from hybrid.errors import UserError
+from hybrid.launch import cache_prompts, evaluate, joint
 from hybrid.llm.tiny import tiny_random
 
 Experiment = Callable[..., Config]
@@ -89,12 +89,12 @@ def test_encodings_made_by_ray_data_are_those_of_one_process(
         folder = tmp_path / name
         config = together(
             "encode",
-            paths={"encodings": str(folder)},
-            llama={"encodings": True, "batch_size": 3},
+            paths={"prompt_cache": str(folder)},
+            llama={"prompt_cache": True, "batch_size": 3},
             training={"variants": 1},
             cluster={"num_workers": workers},
         )
-        said = encode(config)
+        said = cache_prompts(config)
         return said, {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
 
     said, alone = made("alone", 0)

@@ -15,15 +15,15 @@ import pytest
 from helpers import assert_close, metrics, predictions
 
 from hybrid.checkpoint import newest, read
-from hybrid.cluster import evaluate, joint, pretrain
 from hybrid.config import Config, dump
+from hybrid.launch import evaluate, joint, pretrain
 
 Experiment = Callable[..., Config]
 Done = Any
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
-LONG = {"steps": 20000, "save_every": 100000, "probe_pairs": 0}
+LONG = {"steps": 20000, "save_every": 100000, "train_accuracy_pairs": 0}
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ Experiment = Callable[..., Config]
 Until = Callable[..., None]
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
-STEPS = {"steps": 800, "save_every": 25, "keep_checkpoints": 1000, "probe_pairs": 0}
+STEPS = {"steps": 800, "save_every": 25, "keep_checkpoints": 1000, "train_accuracy_pairs": 0}
 LAST = "checkpoints/step_00000800"
 KILLS = 10
 

@@ -15,15 +15,21 @@ from helpers import STORE_KEYS, assert_close, metrics, predictions, tensors
 from pyarrow import fs
 
 from hybrid.checkpoint import newest
-from hybrid.cluster import evaluate, pretrain
 from hybrid.config import Config
+from hybrid.launch import evaluate, pretrain
 
 Experiment = Callable[..., Config]
 Until = Callable[..., None]
 Nodes = Callable[[int], list[Any]]
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
-STEPS = {"steps": 300, "save_every": 50, "keep_checkpoints": 1000, "probe_pairs": 0, "lr": 1e-5}
+STEPS = {
+    "steps": 300,
+    "save_every": 50,
+    "keep_checkpoints": 1000,
+    "train_accuracy_pairs": 0,
+    "lr": 1e-5,
+}
 LAST = "checkpoints/step_00000300"
 TWO = {"num_workers": 2, "cpus_per_worker": 2}
 

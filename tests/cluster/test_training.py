@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from hybrid.checkpoint import newest, read
-from hybrid.cluster import pretrain
 from hybrid.config import Config
 from hybrid.context import LocalContext
 from hybrid.dataset import Dataset, Stream
 from hybrid.errors import UserError
+from hybrid.launch import pretrain
 
 Experiment = Callable[..., Config]
 
@@ -124,7 +124,7 @@ def test_two_ray_workers_train_the_same_weights_to_rounding(
 
 
 def test_a_killed_worker_costs_nothing_but_time(ray_cluster: None, experiment: Experiment) -> None:
-    steps = {"steps": 400, "save_every": 50, "probe_pairs": 0}
+    steps = {"steps": 400, "save_every": 50, "train_accuracy_pairs": 0}
     undisturbed = pretrain(experiment("calm", training=steps, cluster={"num_workers": 0}))
     config = experiment("killed", training=steps)
     killed: list[int] = []

@@ -15,7 +15,7 @@ from helpers import config_of, poison, write_tasks
 from hybrid.arc import PAD, Task, tokens_to_grid
 from hybrid.dataset import DataConfig, Dataset, Stream, prepare
 from hybrid.dataset.store import TABLES, read_meta, write_meta
-from hybrid.dataset.stream import Rows, by_side, encode_pair
+from hybrid.dataset.stream import Rows, split_by_canvas, tokenize_pair
 
 Arc = dict[str, Task]
 TRAINED = ("0d3d703e", "1b60fb0c", "29c11459", "10fcaaa3", "178fcbfb")
@@ -189,7 +189,7 @@ def test_every_row_is_its_augmented_pair_on_its_tasks_canvas(some: dict[str, Dat
         ]
         assert len(same) == 1, dataset.tasks[task].id
         seen[task, same[0]] += 1
-        expected = encode_pair(dataset.training_pairs(task)[same[0]], view, side, place)
+        expected = tokenize_pair(dataset.training_pairs(task)[same[0]], view, side, place)
         assert np.array_equal(inputs[: side**2], expected[0])
         assert np.array_equal(labels[: side**2], expected[1])
     every = {
@@ -264,7 +264,7 @@ def test_rows_taken_apart_by_side_are_all_there_once(some: dict[str, Dataset], k
     rows: dict[str, Any] = epochs(some["bucketed"], 1)
     if kind == "tensors":
         rows = {name: torch.from_numpy(np.asarray(value)) for name, value in rows.items()}
-    parts = by_side(rows)
+    parts = split_by_canvas(rows)
     assert [part["inputs"].shape[1] for _, part in parts] == [121, 144]
     numbers = [n for chosen, _ in parts for n in chosen]
     assert sorted(numbers) == list(range(len(rows["side"])))
@@ -280,11 +280,11 @@ def test_rows_taken_apart_by_side_are_all_there_once(some: dict[str, Dataset], k
 def test_rows_of_one_side_are_not_copied(some: dict[str, Dataset]) -> None:
     rows = epochs(some["bucketed"], 1)
     small = {name: value[rows["side"] == 11] for name, value in rows.items()}
-    [(chosen, part)] = by_side(small)
+    [(chosen, part)] = split_by_canvas(small)
     assert chosen == slice(None) and part["inputs"].shape == (len(small["side"]), 121)
     for name, value in part.items():
         assert np.shares_memory(value, small[name]), name
-    assert by_side({name: value[:0] for name, value in small.items()}) == []
+    assert split_by_canvas({name: value[:0] for name, value in small.items()}) == []
 
 
 def test_a_dataset_of_before_there_were_canvases_is_a_full_one(

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hybrid.arc import PAD, Pair, tokens_to_grid
 from hybrid.config import Config
 from hybrid.dataset import Dataset, Stream, prepare
-from hybrid.dataset.stream import Rows, encode_pair
+from hybrid.dataset.stream import Rows, tokenize_pair
 
 Start = Callable[..., BaseProcess]
 
@@ -93,7 +93,7 @@ def test_an_epoch_is_every_pair_once_and_one_variant_of_each_task(
         seen[task, pair] += 1
         variants.add(int(identifier))
         moved[int(identifier)] += (top, left) == (0, 0)
-        expected = encode_pair(pair, augmentation, 6, (top, left))
+        expected = tokenize_pair(pair, augmentation, 6, (top, left))
         assert np.array_equal(inputs, expected[0]) and np.array_equal(labels, expected[1])
     every = [(t, p) for t in range(len(dataset.tasks)) for p in dataset.training_pairs(t)]
     assert seen == Counter(every)

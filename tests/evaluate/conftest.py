@@ -51,7 +51,9 @@ def checkpoint(trained: Config) -> Checkpoint:
 
 
 @pytest.fixture
-def ask(trained: Config, tmp_path: Path, checkpoint: Checkpoint) -> Callable[..., Config]:
+def select_questions(
+    trained: Config, tmp_path: Path, checkpoint: Checkpoint
+) -> Callable[..., Config]:
     """ask(tasks, evaluation keys): config to ask the trained model, of `tasks` where given."""
 
     def make(tasks: list[Task] | None = None, run: str = "run", **evaluation: Any) -> Config:

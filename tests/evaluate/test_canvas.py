@@ -25,15 +25,15 @@ from helpers import (
 )
 from torch import Tensor
 
-from hybrid.arc import Task, encode_grid, grid_to_string, string_to_grid
+from hybrid.arc import Task, grid_to_string, string_to_grid, tokenize_grid
 from hybrid.checkpoint import newest
 from hybrid.config import Config, EvaluationConfig
 from hybrid.context import LocalContext
 from hybrid.dataset import Dataset, prepare
 from hybrid.errors import UserError
-from hybrid.evaluate import Question, Solver, describe
-from hybrid.evaluate.hybrid import HybridAnswerer
-from hybrid.evaluate.run import ask
+from hybrid.evaluate import Question, TRMPredictor, describe
+from hybrid.evaluate.hybrid_predictor import HybridPredictor
+from hybrid.evaluate.questions import select_questions
 from hybrid.train import joint, pretrain
 from hybrid.trm import TRM
 
@@ -79,7 +79,7 @@ def questions_of(root: Path, canvas: str) -> list[Question]:
     config = config_on(root, canvas)
     checkpoint = newest(config.run_folder / "checkpoints")
     assert checkpoint
-    return ask(config, checkpoint, Dataset.open(root / canvas))
+    return select_questions(config, checkpoint, Dataset.open(root / canvas))
 
 
 def test_questions_differ_in_their_canvas_alone(root: Path) -> None:
@@ -102,17 +102,17 @@ def test_views_are_asked_on_the_small_canvas_and_undone(
         given.append(inputs)
         return inputs, np.zeros(len(inputs), np.float32), 0
 
-    monkeypatch.setattr("hybrid.evaluate.solve.predict", copy)
+    monkeypatch.setattr("hybrid.evaluate.trm_predictor.predict", copy)
     checkpoint = newest(config_on(root, "full").run_folder / "checkpoints")
     assert checkpoint
-    solver = Solver(checkpoint, EvaluationConfig(), CPU.device)
+    solver = TRMPredictor(checkpoint, EvaluationConfig(), CPU.device)
     for question in questions_of(root, "bucketed"):
         side = SIDES[question.task.id]
         found = solver.solve(question)
         pairs = [(pair, view) for pair in question.task.test for view in question.views]
         assert given[-1].shape == (len(pairs), side**2)
         for row, (pair, view) in zip(given[-1], pairs, strict=True):
-            assert np.array_equal(row, encode_grid(view.apply(pair.input), side))
+            assert np.array_equal(row, tokenize_grid(view.apply(pair.input), side))
         for test, pair in zip(found["tests"], question.task.test, strict=True):
             [candidate] = test["candidates"]
             assert candidate["grid"] == grid_to_string(pair.input).splitlines()
@@ -127,7 +127,7 @@ def test_a_row_leaves_its_batch_on_a_small_canvas(root: Path, halt: Any) -> None
     found = []
     for size in (1, 4, 512):
         config = EvaluationConfig(halt=halt, batch_size=size)
-        solver = Solver(checkpoint, config, CPU.device)
+        solver = TRMPredictor(checkpoint, config, CPU.device)
         undecided(solver.model.state_dict())
         answers = [solver.solve(question) for question in questions_of(root, "bucketed")]
         spent = [answer.pop("spent")["act_steps"] for answer in answers]
@@ -230,7 +230,7 @@ def hybrid_asked(root: Path) -> Callable[..., Config]:
         "data": {"max_side": 12, "variants": 2, "canvas": "bucketed", "hold_out_demos": 1},
         "paths": {"data": str(root / "held-out")},
         "llama": {"dtype": "float64", "max_prompt_tokens": 400},
-        "training": {"steps": 1, "max_attempts": 2, "probe_pairs": 0},
+        "training": {"steps": 1, "max_attempts": 2, "train_accuracy_pairs": 0},
         "evaluation": {"variants": 2},
         "logging": {"run": "hybrid"},
     }
@@ -248,16 +248,16 @@ def test_a_hybrid_is_asked_on_the_small_canvas(
 ) -> None:
     """All its rows: of tests, of a held-out demonstration, of the baseline's further views."""
     cells: dict[str, set[int]] = {}
-    play = HybridAnswerer._play
+    run_attempts = HybridPredictor._run_attempts
 
-    def spy(self: HybridAnswerer, question: Question, *rest: Any) -> Any:
-        turns = play(self, question, *rest)
+    def spy(self: HybridPredictor, question: Question, *rest: Any) -> Any:
+        turns = run_attempts(self, question, *rest)
         cells.setdefault(question.task.id, set()).update(
             len(turn.tokens) for made in turns.values() for turn in made
         )
         return turns
 
-    monkeypatch.setattr(HybridAnswerer, "_play", spy)
+    monkeypatch.setattr(HybridPredictor, "_play", spy)
     outcome = quietly(hybrid_asked(source))
     assert cells == {task: {side**2} for task, side in SIDES.items()}
     assert outcome.results["notes"] == []

@@ -14,18 +14,18 @@ import torch
 from helpers import ASKED, change_weights, predictions, quietly, recording
 from torch import Tensor
 
-from hybrid.arc import encode_grid, tokens_to_grid
+from hybrid import launch
+from hybrid.arc import tokenize_grid, tokens_to_grid
 from hybrid.checkpoint import read
-from hybrid.cluster import launch
 from hybrid.config import Config, EvaluationConfig
 from hybrid.context import LocalContext
 from hybrid.dataset import Dataset
 from hybrid.errors import UserError
-from hybrid.evaluate import HybridAnswerer, Job, Outcome, Question, open_solver, predict
-from hybrid.evaluate.solve import ballot
+from hybrid.evaluate import HybridPredictor, Job, Outcome, Question, open_predictor, predict
+from hybrid.evaluate.trm_predictor import tally_votes
 from hybrid.llm.backbone import Backbone
 from hybrid.llm.tiny import tiny_random
-from hybrid.solver import HybridSolver
+from hybrid.solver import HybridModel
 from hybrid.train import joint
 
 Ask = Callable[..., Config]
@@ -62,13 +62,13 @@ def test_alone_it_is_the_trm_with_as_many_act_steps(ask_hybrid: Ask) -> None:
     assert outcome.results["protocol"]["language model"].startswith("nothing")
     assert outcome.results["spent"]["llm_tokens"] == 0
     checkpoint = read(Path(str(config.evaluation.checkpoint)))
-    solver = open_solver(Job(checkpoint=checkpoint, config=config))
-    assert isinstance(solver, HybridAnswerer) and solver.solver.to_latent is None
+    solver = open_predictor(Job(checkpoint=checkpoint, config=config))
+    assert isinstance(solver, HybridPredictor) and solver.solver.to_latent is None
     four = EvaluationConfig(halt="fixed", act_steps=4)
     for question in asked:
         rows = solver.table.rows(question, VIEWS)
         for number, pair in enumerate(question.task.test):
-            inputs = np.stack([encode_grid(view.apply(pair.input), 3) for view in question.views])
+            inputs = np.stack([tokenize_grid(view.apply(pair.input), 3) for view in question.views])
             tokens, logits, _ = predict(solver.solver.trm, inputs, rows, four)
             made = [
                 view.invert(tokens_to_grid(row))
@@ -76,7 +76,7 @@ def test_alone_it_is_the_trm_with_as_many_act_steps(ask_hybrid: Ask) -> None:
             ]
             sure = torch.from_numpy(logits).double().sigmoid().tolist()
             found = predictions(outcome.folder)[question.task.id]["tests"][number]
-            wanted = ballot(made, sure)
+            wanted = tally_votes(made, sure)
             assert [c["grid"] for c in found["candidates"]] == [
                 c["grid"] for c in wanted["candidates"]
             ]
@@ -113,7 +113,7 @@ def test_the_averaged_weights_answer(ask_hybrid: Ask, hybrid: Config) -> None:
     step = hybrid.run_folder / "checkpoints/step_00000004"
     other = hybrid.run_folder.parent / "blurred" / step.name
     shutil.copytree(step, other)
-    averaged = read(step).tensors("average")
+    averaged = read(step).tensors("ema")
 
     def blur(found: dict[str, Tensor]) -> None:
         for name in averaged.keys() & found.keys():
@@ -130,13 +130,13 @@ def test_puzzle_rows_are_those_of_the_views_or_blank(
 ) -> None:
     """Of the voting views and, in the baseline, of the spare ones behind them."""
     begun: list[Tensor] = []
-    begin = HybridSolver.begin
+    begin = HybridModel.begin
 
-    def listen(self: HybridSolver, batch: Any, puzzle_rows: Tensor, encoding: Any) -> Any:
+    def listen(self: HybridModel, batch: Any, puzzle_rows: Tensor, encoding: Any) -> Any:
         begun.append(puzzle_rows.clone())
         return begin(self, batch, puzzle_rows, encoding)
 
-    monkeypatch.setattr(HybridSolver, "begin", listen)
+    monkeypatch.setattr(HybridModel, "begin", listen)
     step = hybrid.run_folder / "checkpoints/step_00000004"
     table = read(step).tensors("puzzle_table")["puzzle_table"]
     dataset = Dataset.open(hybrid.data_folder)
@@ -219,9 +219,9 @@ def test_what_was_spent_adds_up(
 ) -> None:
     thought: list[int] = []
     read_rows: list[int] = []
-    attempt = HybridSolver.attempt
+    attempt = HybridModel.attempt
 
-    def count(self: HybridSolver, rows: Any, **options: Any) -> Any:
+    def count(self: HybridModel, rows: Any, **options: Any) -> Any:
         made = attempt(self, rows, **options)
         thought.append(len(rows.histories) * self.act_steps)
         read_rows.append(sum(made[2].llm_tokens))
@@ -234,7 +234,7 @@ def test_what_was_spent_adds_up(
         encoded.append(sum(map(len, problems)))
         return encode(self, problems)
 
-    monkeypatch.setattr(HybridSolver, "attempt", count)
+    monkeypatch.setattr(HybridModel, "attempt", count)
     monkeypatch.setattr(Backbone, "encode", weigh)
     evaluation = {"variants": 4, "baseline": False}
     outcome = quietly(ask_hybrid(evaluation=evaluation, feedback={"source": source}))
@@ -314,18 +314,18 @@ def test_a_model_that_was_trained_along_needs_one_of_its_shape_and_no_encodings(
     assert rounded(based_on_another) == rounded(own), "its weights are in the checkpoint"
     with pytest.raises(UserError, match=r"is not the model that .* was trained with"):
         quietly(ask_hybrid("big", llama={"model": str(saved(0, layers=1))}, **given))
-    with pytest.raises(UserError, match=r"llama\.encodings of a model that is trained"):
-        quietly(ask_hybrid("stale", llama={"encodings": True}, **given))
+    with pytest.raises(UserError, match=r"llama\.prompt_cache of a model that is trained"):
+        quietly(ask_hybrid("stale", llama={"prompt_cache": True}, **given))
 
 
 def test_encodings_made_beforehand_answer_the_same(
     ask_hybrid: Ask, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Of every view that was asked for."""
-    paths = {"encodings": str(tmp_path / "encodings")}
+    paths = {"prompt_cache": str(tmp_path / "prompt_cache")}
     two = {"evaluation": {"variants": 2, "baseline": False}, "training": {"variants": 2}}
     now = quietly(ask_hybrid("now", **two))
-    llama, cluster = {"encodings": True}, {"num_workers": 0}
+    llama, cluster = {"prompt_cache": True}, {"num_workers": 0}
     config = ask_hybrid("before", llama=llama, paths=paths, cluster=cluster, **two)
     launch.encode(config)
     torch.set_num_threads(1)
@@ -336,15 +336,17 @@ def test_encodings_made_beforehand_answer_the_same(
 def test_other_runs_of_the_same_questions_stand_beside_it(ask_hybrid: Ask) -> None:
     first = quietly(ask_hybrid("first", **SILENT))
     oracle = quietly(ask_hybrid("cheat", feedback={"source": "oracle"}))
-    outcome = quietly(ask_hybrid("second", evaluation={"beside": ["first", "cheat"]}))
-    one, other = outcome.results["beside"]
+    outcome = quietly(ask_hybrid("second", evaluation={"compare_to": ["first", "cheat"]}))
+    one, other = outcome.results["compare_to"]
     for found, its in ((one, first), (other, oracle)):
         assert found["scores"] == its.results["scores"] and found["title"] == its.results["title"]
         assert found["spent"] == its.results["spent"]
     assert (one["oracle"], other["oracle"]) == (False, True)
     quietly(ask_hybrid("fewer", evaluation={"limit": 1}))
     for name in ("nobody", "fewer"):
-        config = ask_hybrid("third", evaluation={"beside": [name]})
-        with pytest.raises(UserError, match=rf"evaluation\.beside: .*{name}/evaluation holds no"):
+        config = ask_hybrid("third", evaluation={"compare_to": [name]})
+        with pytest.raises(
+            UserError, match=rf"evaluation\.compare_to: .*{name}/evaluation holds no"
+        ):
             quietly(config)
         assert not config.run_folder.exists(), "found out after the work was done"

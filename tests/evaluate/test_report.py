@@ -93,7 +93,7 @@ def hybrid_results_of(tasks: list[Task], *, oracle: bool = False) -> dict[str, A
         "feedback": "oracle" if oracle else "confidence",
         "curve": [{"attempt": n, "trying": 12, **scores} for n in (1, 2, 3, 4)],
         "baseline": {**scores, "views": 480, "wanted": 768, "spent": {"rows": 96}},
-        "beside": [other | {"spent": plain["spent"]}],
+        "compare_to": [other | {"spent": plain["spent"]}],
     }
 
 
@@ -296,7 +296,7 @@ def test_the_oracle_banner_is_there_if_and_only_if_answers_were_looked_at(
 def test_trm_alone_shows_nothing_of_self_correction(tmp_path: Path, tasks: list[Task]) -> None:
     """What the script draws of it hangs on keys that are not there."""
     predicted = {task.id: prediction(task, [candidate(["01"])]) for task in tasks}
-    results = results_of(tasks, feedback=None, beside=[])
+    results = results_of(tasks, feedback=None, compare_to=[])
     write_report(tmp_path / "r.html", tasks, predicted, results)
     page = Page(tmp_path / "r.html")
     assert not {"curve", "baseline"} & page.data["results"].keys()

@@ -36,10 +36,10 @@ from hybrid.config import Config
 from hybrid.context import LocalContext
 from hybrid.dataset import Dataset, prepare
 from hybrid.errors import UserError
-from hybrid.evaluate import Job, Outcome, Question, describe, local_solve_all
+from hybrid.evaluate import Job, Outcome, Question, describe, predict_locally
 from hybrid.evaluate import evaluate as evaluate_loudly
-from hybrid.evaluate.run import SolveAll
-from hybrid.evaluate.solve import Prediction
+from hybrid.evaluate.run import PredictAll
+from hybrid.evaluate.trm_predictor import Prediction
 from hybrid.train import pretrain
 
 Ask = Callable[..., Config]
@@ -58,10 +58,10 @@ def results(outcome: Outcome) -> dict[str, Any]:
     return found | {"spent": {k: v for k, v in found["spent"].items() if k != "seconds"}}
 
 
-def answering(answers: dict[str, list[list[list[str]]]]) -> SolveAll:
+def answering(answers: dict[str, list[list[list[str]]]]) -> PredictAll:
     """Gives these candidates, by task and test; to tasks that are not among them, no answer."""
 
-    def solve_all(job: Job, questions: Sequence[Question]) -> Iterator[Prediction]:
+    def predict_all(job: Job, questions: Sequence[Question]) -> Iterator[Prediction]:
         for question in questions:
             if question.task.id in answers:
                 tests = [
@@ -75,7 +75,7 @@ def answering(answers: dict[str, list[list[list[str]]]]) -> SolveAll:
                 spent = {"rows": 1, "act_steps": 1, "seconds": 0.0}
                 yield {"task": question.task.id, "tests": tests, "spent": spent}
 
-    return solve_all
+    return predict_all
 
 
 def right(task: Task) -> list[list[list[str]]]:
@@ -138,9 +138,9 @@ def test_a_question_with_an_answer_is_refused(arc1: Arc) -> None:
             Question(task=leaking, side=5, views=(), identifiers=range(0))
 
 
-def test_every_task_is_asked_without_answers_in_all_its_views(ask: Ask) -> None:
+def test_every_task_is_asked_without_answers_in_all_its_views(select_questions: Ask) -> None:
     asked: list[Question] = []
-    config = ask()
+    config = select_questions()
     evaluate(config, recording(asked))
     dataset = Dataset.open(config.data_folder)
     assert [question.task.id for question in asked] == sorted(ASKED)
@@ -149,25 +149,28 @@ def test_every_task_is_asked_without_answers_in_all_its_views(ask: Ask) -> None:
         named = [dataset.augmentation(n - 1) for n in question.identifiers]
         assert list(question.views) == named and len(named) == 6
     only: list[Question] = []
-    evaluate(ask(variants=2), recording(only))
+    evaluate(select_questions(variants=2), recording(only))
     assert [question.views for question in only] == [question.views[:2] for question in asked]
     assert [question.identifiers for question in only] == [q.identifiers[:2] for q in asked]
 
 
-def test_the_order_of_answers_does_not_matter(ask: Ask) -> None:
+def test_the_order_of_answers_does_not_matter(select_questions: Ask) -> None:
     def backwards(job: Job, questions: Sequence[Question]) -> Iterator[Prediction]:
-        yield from reversed(list(local_solve_all(job, questions)))
+        yield from reversed(list(predict_locally(job, questions)))
 
-    one, other = evaluate(ask(run="one")), evaluate(ask(run="other"), backwards)
+    one, other = (
+        evaluate(select_questions(run="one")),
+        evaluate(select_questions(run="other"), backwards),
+    )
     assert results(one) == results(other)
     names = "submission.json", "predictions"
     assert (one.folder / names[0]).read_bytes() == (other.folder / names[0]).read_bytes()
     assert predictions(one.folder) == predictions(other.folder)
 
 
-def test_what_did_not_come_back_is_wrong_and_counted(ask: Ask, arc1: Arc) -> None:
+def test_what_did_not_come_back_is_wrong_and_counted(select_questions: Ask, arc1: Arc) -> None:
     solved, missing = "44f52bb0", [task for task in sorted(ASKED) if task != "44f52bb0"]
-    outcome = evaluate(ask(), answering({solved: right(arc1[solved])}))
+    outcome = evaluate(select_questions(), answering({solved: right(arc1[solved])}))
     for k in ("pass@1", "pass@2"):
         scores = outcome.results["scores"][k]
         parts = {name: (rate["numerator"], rate["denominator"]) for name, rate in scores.items()}
@@ -182,14 +185,14 @@ def test_what_did_not_come_back_is_wrong_and_counted(ask: Ask, arc1: Arc) -> Non
     assert submission(outcome).keys() == set(ASKED)
     assert submission(outcome)[missing[0]] == [PLACEHOLDER] * len(arc1[missing[0]].test)
     rest: list[Question] = []
-    again = evaluate(ask(), recording(rest))
+    again = evaluate(select_questions(), recording(rest))
     assert [question.task.id for question in rest] == missing and again.resumed == 1
 
 
-def test_a_submission_has_every_test_in_order_and_both_attempts(ask: Ask) -> None:
+def test_a_submission_has_every_test_in_order_and_both_attempts(select_questions: Ask) -> None:
     """One test with three candidates, one with one; none for a task of two tests."""
     answers = {"25ff71a9": [[["12", "34"], ["5"], ["6"]], [["789"]]], "44f52bb0": [[], []]}
-    outcome = evaluate(ask(), answering(answers))
+    outcome = evaluate(select_questions(), answering(answers))
     assert submission(outcome) == {
         "25ff71a9": [
             {"attempt_1": [[1, 2], [3, 4]], "attempt_2": [[5]]},
@@ -202,11 +205,11 @@ def test_a_submission_has_every_test_in_order_and_both_attempts(ask: Ask) -> Non
 
 @pytest.mark.parametrize("candidates", [[], [["00", "00"]]])
 def test_the_placeholder_is_no_answer_even_where_it_would_be_right(
-    ask: Ask, arc1: Arc, candidates: list[list[str]]
+    select_questions: Ask, arc1: Arc, candidates: list[list[str]]
 ) -> None:
     zeros = Pair(input=arc1["d037b0a7"].test[0].input, output=np.zeros((2, 2), np.uint8))
     task = replace(arc1["d037b0a7"], test=(zeros,))
-    outcome = evaluate(ask([task]), answering({"d037b0a7": [candidates]}))
+    outcome = evaluate(select_questions([task]), answering({"d037b0a7": [candidates]}))
     assert submission(outcome) == {"d037b0a7": [PLACEHOLDER]}
     answered = bool(candidates)
     [output] = outcome.results["tasks"][0]["outputs"]
@@ -214,13 +217,13 @@ def test_the_placeholder_is_no_answer_even_where_it_would_be_right(
     assert outcome.results["scores"]["pass@2"]["outputs"]["numerator"] == answered
 
 
-def test_the_second_attempt_counts_and_the_third_does_not(ask: Ask, arc1: Arc) -> None:
+def test_the_second_attempt_counts_and_the_third_does_not(select_questions: Ask, arc1: Arc) -> None:
     wrong = ["9"]
     answers = {
         task: [[wrong] * n + grids for grids in right(arc1[task])]
         for n, task in enumerate(sorted(ASKED))
     }
-    outcome = evaluate(ask(), answering(answers))
+    outcome = evaluate(select_questions(), answering(answers))
     counts = [len(arc1[task].test) for task in sorted(ASKED)]
     numerators = {k: rate["numerator"] for k, rate in outcome.results["coverage"].items()}
     assert numerators["1"] == outcome.results["scores"]["pass@1"]["outputs"]["numerator"]
@@ -235,30 +238,32 @@ def test_the_second_attempt_counts_and_the_third_does_not(ask: Ask, arc1: Arc) -
     assert [task["solved"] for task in outcome.results["tasks"]] == [True, True, False]
 
 
-def test_a_subset_is_called_one(ask: Ask, arc1: Arc) -> None:
-    whole = evaluate(ask(run="whole"), answering({}))
+def test_a_subset_is_called_one(select_questions: Ask, arc1: Arc) -> None:
+    whole = evaluate(select_questions(run="whole"), answering({}))
     assert whole.results["protocol"]["asked"] == "3 of 3 tasks"
-    limited = evaluate(ask(run="limited", limit=1), answering({}))
+    limited = evaluate(select_questions(run="limited", limit=1), answering({}))
     assert limited.results["protocol"]["asked"].startswith("a subset: 1 of 3 tasks")
     assert limited.results["scores"]["pass@2"]["tasks"]["denominator"] == 1
     assert len(submission(limited)) == 1
-    small = evaluate(ask([arc1[task] for task in (*ASKED, "49d1d64f")], run="small"), answering({}))
+    small = evaluate(
+        select_questions([arc1[task] for task in (*ASKED, "49d1d64f")], run="small"), answering({})
+    )
     assert small.results["protocol"]["asked"] == "a subset: 3 of 4 tasks (canvas of side 3)"
 
 
-def test_a_longer_limit_goes_on_where_the_shorter_one_ended(ask: Ask) -> None:
+def test_a_longer_limit_goes_on_where_the_shorter_one_ended(select_questions: Ask) -> None:
     asked: list[Question] = []
-    evaluate(ask(limit=1))
-    outcome = evaluate(ask(), recording(asked))
+    evaluate(select_questions(limit=1))
+    outcome = evaluate(select_questions(), recording(asked))
     assert outcome.resumed == 1 and len(asked) == 2
-    assert predictions(outcome.folder) == predictions(evaluate(ask(run="new")).folder)
+    assert predictions(outcome.folder) == predictions(evaluate(select_questions(run="new")).folder)
 
 
-def test_votes_do_not_leak_into_the_next_evaluation(ask: Ask, trained: Config) -> None:
+def test_votes_do_not_leak_into_the_next_evaluation(select_questions: Ask, trained: Config) -> None:
     half = str(trained.run_folder / "checkpoints" / "step_00000020")
-    before = evaluate(ask(checkpoint=half))
-    after = evaluate(ask())
-    alone = evaluate(ask(run="alone"))
+    before = evaluate(select_questions(checkpoint=half))
+    after = evaluate(select_questions())
+    alone = evaluate(select_questions(run="alone"))
     assert before.folder != after.folder
     assert predictions(before.folder) != predictions(after.folder)
     assert predictions(after.folder) == predictions(alone.folder)
@@ -273,41 +278,43 @@ def test_votes_do_not_leak_into_the_next_evaluation(ask: Ask, trained: Config) -
 
 
 def test_what_changes_answers_has_a_folder_of_its_own(
-    ask: Ask, arc1: Arc, checkpoint: Checkpoint, tmp_path: Path
+    select_questions: Ask, arc1: Arc, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     other = tmp_path / checkpoint.folder.name
     shutil.copytree(checkpoint.folder, other)
     change_weights(other, undecided)
     configs = [
-        ask(),
-        ask(variants=2),
-        ask(halt="confident"),
-        ask(halt="fixed", act_steps=1),
-        ask(halt="fixed", act_steps=2),
-        ask([arc1[task] for task in ASKED]),
-        ask(checkpoint=str(other)),
+        select_questions(),
+        select_questions(variants=2),
+        select_questions(halt="confident"),
+        select_questions(halt="fixed", act_steps=1),
+        select_questions(halt="fixed", act_steps=2),
+        select_questions([arc1[task] for task in ASKED]),
+        select_questions(checkpoint=str(other)),
     ]
     assert len({evaluate(config, answering({})).folder.name for config in configs}) == 7
 
 
-def test_killed_half_way_it_asks_only_the_rest(ask: Ask, start: Callable[..., BaseProcess]) -> None:
+def test_killed_half_way_it_asks_only_the_rest(
+    select_questions: Ask, start: Callable[..., BaseProcess]
+) -> None:
     reached = multiprocessing.get_context("forkserver").Event()
-    process = start(evaluate_loudly, ask(), local_solve_all, StuckAt("2/3", reached))
+    process = start(evaluate_loudly, select_questions(), predict_locally, StuckAt("2/3", reached))
     assert reached.wait(60)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     asked: list[Question] = []
-    outcome = evaluate(ask(), recording(asked))
+    outcome = evaluate(select_questions(), recording(asked))
     assert [question.task.id for question in asked] == sorted(ASKED)[2:]
-    whole = evaluate(ask(run="whole"))
+    whole = evaluate(select_questions(run="whole"))
     assert predictions(outcome.folder) == predictions(whole.folder)
     assert results(outcome) == results(whole) and submission(outcome) == submission(whole)
 
 
 @pytest.mark.parametrize("damage", ["torn", "of another task", "a test short", "no object"])
-def test_a_prediction_that_is_not_whole_is_asked_again(ask: Ask, damage: str) -> None:
-    first = evaluate(ask())
+def test_a_prediction_that_is_not_whole_is_asked_again(select_questions: Ask, damage: str) -> None:
+    first = evaluate(select_questions())
     path = first.folder / "predictions" / "44f52bb0.json"
     whole = path.read_text()
     other = json.loads(whole)
@@ -321,40 +328,47 @@ def test_a_prediction_that_is_not_whole_is_asked_again(ask: Ask, damage: str) ->
         }[damage]
     )
     asked: list[Question] = []
-    again = evaluate(ask(), recording(asked))
+    again = evaluate(select_questions(), recording(asked))
     assert [question.task.id for question in asked] == ["44f52bb0"]
     assert results(again) == results(first)
 
 
-def test_the_verdict_is_what_was_trained_on(ask: Ask, arc1: Arc) -> None:
-    def verdict(run: str, tasks: list[str] | None = None) -> str:
+def test_the_verdict_is_what_was_trained_on(select_questions: Ask, arc1: Arc) -> None:
+    def contamination_statement(run: str, tasks: list[str] | None = None) -> str:
         chosen = None if tasks is None else [arc1[task] for task in tasks]
-        outcome = evaluate(ask(chosen, run=run), answering({}))
+        outcome = evaluate(select_questions(chosen, run=run), answering({}))
         return str(outcome.results["protocol"]["training data"])
 
-    assert verdict("a") == "transductive: demonstrations of 3 of 3 tasks were trained on"
-    mixed = verdict("b", [ASKED[0], "a85d4709"])
+    assert (
+        contamination_statement("a")
+        == "transductive: demonstrations of 3 of 3 tasks were trained on"
+    )
+    mixed = contamination_statement("b", [ASKED[0], "a85d4709"])
     assert mixed == "transductive: demonstrations of 1 of 2 tasks were trained on"
-    assert verdict("c", ["a85d4709"]) == "inductive: no pair of these tasks was trained on"
-    leaked = verdict("d", ["0d3d703e", "74dd1130", *ASKED])
+    assert (
+        contamination_statement("c", ["a85d4709"])
+        == "inductive: no pair of these tasks was trained on"
+    )
+    leaked = contamination_statement("d", ["0d3d703e", "74dd1130", *ASKED])
     assert leaked.startswith("CONTAMINATED: 2 tasks have a test among the training pairs")
     assert leaked.endswith("(0d3d703e, 74dd1130)")
 
 
-def test_on_another_dataset_puzzle_ids_are_blank(ask: Ask, arc1: Arc) -> None:
+def test_on_another_dataset_puzzle_ids_are_blank(select_questions: Ask, arc1: Arc) -> None:
     asked: list[Question] = []
-    outcome = evaluate(ask([arc1["a85d4709"]]), recording(asked))
+    outcome = evaluate(select_questions([arc1["a85d4709"]]), recording(asked))
     assert asked[0].identifiers == range(0) and len(asked[0].views) == 6
     assert outcome.results["protocol"]["puzzle ids"].startswith("blank")
     assert (
-        evaluate(ask(run="same"), answering({})).results["protocol"]["puzzle ids"] == "as trained"
+        evaluate(select_questions(run="same"), answering({})).results["protocol"]["puzzle ids"]
+        == "as trained"
     )
 
 
 def test_without_solutions_everything_but_scores_is_written(
-    ask: Ask, arc1: Arc, tmp_path: Path
+    select_questions: Ask, arc1: Arc, tmp_path: Path
 ) -> None:
-    config = ask([arc1[task].without_answers() for task in ASKED])
+    config = select_questions([arc1[task].without_answers() for task in ASKED])
     challenges = tmp_path / "arc_challenges.json"
     folder = Path(config.data.evaluation[0])
     tasks = {path.stem: json.loads(path.read_text()) for path in folder.iterdir()}
@@ -375,22 +389,22 @@ def test_without_solutions_everything_but_scores_is_written(
     assert "nothing is scored" in describe(outcome.results)
 
 
-def test_no_oracle_and_everything_spent_is_said(ask: Ask) -> None:
-    outcome = evaluate(ask())
+def test_no_oracle_and_everything_spent_is_said(select_questions: Ask) -> None:
+    outcome = evaluate(select_questions())
     found = results(outcome)
     assert json.loads((outcome.folder / "results.json").read_text()) == outcome.results
     assert found["oracle"] is False
     assert found["spent"] == {"rows": 30, "act_steps": 120, "llm_tokens": 0}
-    fixed = results(evaluate(ask(halt="fixed", act_steps=3)))
+    fixed = results(evaluate(select_questions(halt="fixed", act_steps=3)))
     assert fixed["spent"] == {"rows": 30, "act_steps": 90, "llm_tokens": 0}
     assert fixed["protocol"]["halting"] == "3 ACT steps"
 
 
 def test_what_does_not_go_together_is_refused(
-    ask: Ask, trained: Config, checkpoint: Checkpoint, tmp_path: Path
+    select_questions: Ask, trained: Config, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r"evaluation\.act_steps: 5 is more than the model's 4"):
-        evaluate(ask(halt="fixed", act_steps=5))
+        evaluate(select_questions(halt="fixed", act_steps=5))
     data = {"max_side": 6}
     paths = {"data": str(tmp_path / "six"), "runs": str(tmp_path)}
     evaluation = {"checkpoint": str(checkpoint.folder)}

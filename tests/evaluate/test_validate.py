@@ -39,7 +39,7 @@ def experiment(root: Path, make: Callable[..., Config] = config_of, **sections: 
     data = {"training": ["arc1-training"], "evaluation": [], "max_side": 3, "on_overlap": "drop"}
     data |= {"variants": 3}
     sections["data"] = data | {"hold_out_tasks": HELD} | sections.get("data", {})
-    training = {"lr": 1e-2, "puzzle_lr": 0.1, "lr_warmup_steps": 0, "probe_pairs": 0}
+    training = {"lr": 1e-2, "puzzle_lr": 0.1, "lr_warmup_steps": 0, "train_accuracy_pairs": 0}
     sections["training"] = training | sections.get("training", {})
     return make(root, **sections)
 
@@ -164,8 +164,8 @@ def test_validation_changes_nothing_of_training(
 ) -> None:
     validating: Config = request.getfixturevalue(kind)
     unseen = Validation(right=0, asked=1, cells=0.0)
-    for learner in (Pretraining, Joint):
-        monkeypatch.setattr(learner, "validate", lambda self, checkpoint: unseen)
+    for module in (Pretraining, Joint):
+        monkeypatch.setattr(module, "validate", lambda self, checkpoint: unseen)
     config = replace(validating, logging=replace(validating.logging, run=f"{kind}-unvalidated"))
     (pretrain if kind == "trm" else joint)(config, CPU)
     assert_close(last(config), last(validating), 0, 0)
@@ -175,19 +175,19 @@ def test_attempts_are_the_same_whatever_the_answers_are(
     hybrid: Config, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Poisoned answers change the score and no attempt, with an oracle asked for as well."""
-    from hybrid.evaluate.hybrid import HybridAnswerer
+    from hybrid.evaluate.hybrid_predictor import HybridPredictor
 
     made: list[dict[str, Any]] = []
-    solve = HybridAnswerer.solve
+    solve = HybridPredictor.solve
 
-    def record(self: HybridAnswerer, question: Any) -> Any:
+    def record(self: HybridPredictor, question: Any) -> Any:
         assert question.answers is None
         assert all(pair.output is None for pair in question.task.test)
         prediction = solve(self, question)
         made.append({k: v for k, v in prediction.items() if k != "spent"})
         return prediction
 
-    monkeypatch.setattr(HybridAnswerer, "solve", record)
+    monkeypatch.setattr(HybridPredictor, "solve", record)
     oracle = replace(hybrid, feedback=replace(hybrid.feedback, source="oracle"))
     honest = validate(oracle, last(hybrid), CPU.device)
     seen, made = made, []

@@ -22,9 +22,9 @@ from torch.utils import cpp_extension
 from hybrid.config import Config
 from hybrid.context import LocalContext
 from hybrid.dataset import prepare
-from hybrid.evaluate import HybridAnswerer, Job, Question, Solver, evaluate
-from hybrid.evaluate.run import SolveAll
-from hybrid.evaluate.solve import Prediction
+from hybrid.evaluate import HybridPredictor, Job, Question, TRMPredictor, evaluate
+from hybrid.evaluate.run import PredictAll
+from hybrid.evaluate.trm_predictor import Prediction
 from hybrid.train import joint, pretrain
 
 NAME = "pretended"
@@ -65,19 +65,19 @@ def register(library: Path) -> torch.device:
     return torch.device(NAME, 0)
 
 
-def solve_on(device: torch.device) -> SolveAll:
+def solve_on(device: torch.device) -> PredictAll:
     """Answer questions in this process, on a device that no config names."""
 
-    def solve_all(job: Job, questions: Sequence[Question]) -> Iterator[Prediction]:
-        solver: Solver | HybridAnswerer
+    def predict_all(job: Job, questions: Sequence[Question]) -> Iterator[Prediction]:
+        solver: TRMPredictor | HybridPredictor
         if job.checkpoint.state["kind"] == "hybrid":
-            solver = HybridAnswerer(job.checkpoint, job.config, device)
+            solver = HybridPredictor(job.checkpoint, job.config, device)
         else:
-            solver = Solver(job.checkpoint, job.config.evaluation, device)
+            solver = TRMPredictor(job.checkpoint, job.config.evaluation, device)
         for question in questions:
             yield solver.solve(question)
 
-    return solve_all
+    return predict_all
 
 
 def train_resume_and_evaluate(

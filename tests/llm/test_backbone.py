@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hybrid.arc import Task
-from hybrid.llm.backbone import Backbone, Encoding
+from hybrid.llm.backbone import Backbone, PromptCache
 from hybrid.llm.prompt import format_problem_text
 
 Tiny = Callable[..., Backbone]
@@ -102,7 +102,7 @@ def test_problems_of_like_length_share_a_batch(tiny: Tiny, monkeypatch: pytest.M
     backbone = tiny(batch_size=2)
     encode, shapes = backbone._encode, []
 
-    def counted(problems: Any) -> Encoding:
+    def counted(problems: Any) -> PromptCache:
         made = encode(problems)
         shapes.append(tuple(made.tokens.shape))
         return made
@@ -125,7 +125,7 @@ def test_take_and_join_change_no_row(tiny: Tiny) -> None:
     )
     torch.testing.assert_close(taken, whole[order], **EXACT)
     parts = [backbone.encode([PROBLEMS[1]]), backbone.encode(PROBLEMS[2:]), encoding]
-    joined = Encoding.join(parts)
+    joined = PromptCache.join(parts)
     assert len(joined) == 7 and joined.mask.sum(1).tolist() == [2, 9, 1, 5, 2, 9, 1]
     rows = [1, 2, 3, 0, 1, 2, 3]
     found = backbone.read(joined, latent[rows], [TEXTS[n] for n in rows])
@@ -137,7 +137,7 @@ def test_what_padding_holds_does_not_matter(tiny: Tiny, prefix: str) -> None:
     backbone = tiny(prefix=prefix)
     encoding, latent = backbone.encode(PROBLEMS), latents(backbone, len(PROBLEMS))
     padding = ~encoding.mask[:, None, :, None]
-    spoiled = Encoding(
+    spoiled = PromptCache(
         tokens=encoding.tokens.masked_fill(~encoding.mask, 99),
         mask=encoding.mask,
         layers=tuple((k + 7 * padding, v - 7 * padding) for k, v in encoding.layers),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hybrid.llm.backbone import Backbone
-from hybrid.trm import AdamAtan2, MovingAverage
+from hybrid.trm import AdamAtan2, ExponentialMovingAverage
 
 Tiny = Callable[..., Backbone]
 PROBLEMS = ([5, 6, 7, 8, 9], [20, 21])
@@ -33,10 +33,13 @@ def trained(backbone: Backbone) -> dict[str, nn.Parameter]:
     return dict(backbone.model.model.named_parameters())
 
 
-def train(backbone: Backbone, steps: int, lr: float) -> tuple[AdamAtan2, MovingAverage]:
+def train(backbone: Backbone, steps: int, lr: float) -> tuple[AdamAtan2, ExponentialMovingAverage]:
     """The optimiser and the average of a run of joint training."""
     parameters = trained(backbone)
-    optimizer, average = AdamAtan2(parameters, weight_decay=0), MovingAverage(parameters, 0.9)
+    optimizer, average = (
+        AdamAtan2(parameters, weight_decay=0),
+        ExponentialMovingAverage(parameters, 0.9),
+    )
     for _ in range(steps):
         backbone.model.zero_grad()
         out = hidden(backbone)
@@ -55,7 +58,7 @@ def test_small_steps_move_every_weight_that_has_a_gradient(tiny: Tiny, prefix: s
         learned = optimizer.v[name] > 0  # not the embeddings of tokens that no text has
         assert learned.any() and (name.startswith("embed") or learned.all()), name
         assert (weight != before[name])[learned].all(), name
-        assert (average.shadow[name] != before[name])[learned].float().mean() > 0.99, name
+        assert (average.values[name] != before[name])[learned].float().mean() > 0.99, name
 
 
 def test_bfloat16_weights_would_hardly_move(tiny: Tiny) -> None:

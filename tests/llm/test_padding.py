@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hybrid.llm.backbone import Backbone
-from hybrid.llm.encodings import EncodingStore
 from hybrid.llm.padding import PROBLEM_MULTIPLE, TEXT_MULTIPLE, left_padded
+from hybrid.llm.prompt_cache import PromptCacheStore
 
 Tiny = Callable[..., Backbone]
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ def padded(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return pad
 
 
-def read(backbone: Backbone, latent: Tensor, store: EncodingStore | None = None) -> list[Tensor]:
+def read(backbone: Backbone, latent: Tensor, store: PromptCacheStore | None = None) -> list[Tensor]:
     """Hidden states and the latent's gradient."""
     encoding = (store or backbone).encode(PROBLEMS)
     out = backbone.read(encoding, latent, TEXTS)
@@ -67,7 +67,7 @@ def test_stored_encodings_are_padded_when_they_are_joined(
     latent = torch.linspace(-1, 1, 3 * 2 * 32, dtype=torch.float64).view(3, 2, 32).requires_grad_()
     plain = read(backbone, latent)
     padded()
-    store = EncodingStore(tmp_path, backbone)
+    store = PromptCacheStore(tmp_path, backbone)
     store.add(PROBLEMS)
     assert store.encode(PROBLEMS).tokens.shape == (3, 16)
     for one, other in zip(read(backbone, latent, store), plain, strict=True):

@@ -211,7 +211,7 @@ def test_tokens_spent_are_those_the_model_was_given(
 
     monkeypatch.setattr(decoder, "forward", counted)
     encoding, latent = encoded(reader, tasks)
-    assert reader.encoding_costs([reader.prompt(task) for task in tasks]) == given.tolist()
+    assert reader.caching_costs([reader.prompt(task) for task in tasks]) == given.tolist()
     given.zero_()
     _, _, spent = reader.read(encoding, latent.detach(), HISTORIES, False)
     assert spent == given.tolist()

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 from hybrid.llm import LlamaConfig
 from hybrid.llm.attention import use_grouped_attention
-from hybrid.llm.backbone import Backbone, Encoding
+from hybrid.llm.backbone import Backbone, PromptCache
 from hybrid.llm.tiny import tiny_random
 
 Tiny = Callable[..., Backbone]
@@ -61,7 +61,7 @@ def saved_bytes(run: Callable[[], Tensor]) -> tuple[int, Tensor]:
     return sum(storages.values()), found
 
 
-def read(backbone: Backbone, encoding: Encoding, recompute: bool) -> tuple[int, list[Tensor]]:
+def read(backbone: Backbone, encoding: PromptCache, recompute: bool) -> tuple[int, list[Tensor]]:
     """Bytes kept, hidden states, the latent's gradient and the weights' if they learn."""
     latent = torch.linspace(-1, 1, 2 * 3 * WIDTH).view(2, 3, WIDTH).requires_grad_()
     held, out = saved_bytes(lambda: backbone.read(encoding, latent, TEXTS, recompute=recompute))

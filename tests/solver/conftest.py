@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from hybrid.adapters import AdapterConfig, Inject
-from hybrid.arc import PAD, Task, encode_grid
+from hybrid.arc import PAD, Task, tokenize_grid
 from hybrid.llm import LlamaConfig, Prompt, Reader, open_reader
-from hybrid.solver import HybridSolver, Rows
+from hybrid.solver import AttemptState, HybridModel
 from hybrid.trm import IGNORE, TRM, TRMConfig
 
 TASKS = ("0d3d703e", "27a28665", "74dd1130", "66e6c45b")
@@ -25,14 +25,14 @@ TASKS = ("0d3d703e", "27a28665", "74dd1130", "66e6c45b")
 class Case:
     """A hybrid and rows for it."""
 
-    solver: HybridSolver
+    solver: HybridModel
     prompts: list[Prompt]
     batch: dict[str, Tensor]
     puzzle_rows: Tensor
 
     def begin(
         self, kept: Sequence[int] | None = None, *, puzzle_rows: Tensor | None = None
-    ) -> Rows:
+    ) -> AttemptState:
         """Some of the rows before their first attempt, all if not said."""
         rows = self.puzzle_rows if puzzle_rows is None else puzzle_rows
         batch, prompts = self.batch, self.prompts
@@ -53,7 +53,7 @@ def reader_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Reader]
 
     def open_it(**changes: Any) -> Reader:
         config = LlamaConfig(**{"model": "tiny-random", "dtype": "float64", **changes})
-        return open_reader(config, torch.device("cpu"), models=nowhere, encodings=nowhere)
+        return open_reader(config, torch.device("cpu"), models=nowhere, prompt_cache=nowhere)
 
     return open_it
 
@@ -78,7 +78,7 @@ def case_of(arc1: dict[str, Task], reader_of: Callable[..., Reader]) -> Cases:
         grids = {
             name: np.stack(
                 [
-                    encode_grid(grid, canvas, offset)
+                    tokenize_grid(grid, canvas, offset)
                     for grid, offset in zip(side, places, strict=True)
                 ]
             )
@@ -94,7 +94,7 @@ def case_of(arc1: dict[str, Task], reader_of: Callable[..., Reader]) -> Cases:
         sizes |= {"H_cycles": 2, "L_cycles": 2, "puzzle_emb_ndim": 16, "puzzle_emb_len": 1}
         config = TRMConfig(**{**sizes, "seq_len": canvas**2, "forward_dtype": "float64", **trm})
         adapter = AdapterConfig(hidden=12, layers=3, prefix_tokens=2, inject=inject)
-        solver = HybridSolver(
+        solver = HybridModel(
             TRM(config, seed=1), reader, adapter, act_steps=act_steps, seed=2
         ).double()
         draw = torch.Generator().manual_seed(3)

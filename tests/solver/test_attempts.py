@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid.arc import Task, encode_grid
-from hybrid.solver import Attempt, Nothing, Seen, Verdict, attempts, read_out
-from hybrid.solver.hybrid import look
+from hybrid.arc import Task, tokenize_grid
+from hybrid.solver import Attempt, AttemptResult, Feedback, NoFeedback, attempts, read_out
+from hybrid.solver.model import read_predictions
 from hybrid.trm import Outputs
 
 Cases = Callable[..., Any]
@@ -24,9 +24,9 @@ class Script:
     def __init__(self, *after: int, silent: int = 0) -> None:
         self.after, self.silent = after, silent
 
-    def __call__(self, number: int, seen: Sequence[Seen]) -> list[Verdict]:
+    def __call__(self, number: int, seen: Sequence[AttemptResult]) -> list[Feedback]:
         return [
-            Verdict(
+            Feedback(
                 text="" if number == self.silent else f"Try {number}: row {one.row}",
                 stop=number >= self.after[one.row],
             )
@@ -56,12 +56,12 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], dict[str, list[Any]]
 
     def watch(case: Any) -> dict[str, list[Any]]:
         calls: dict[str, list[Any]] = {"think": [], "read": []}
-        think, read = case.solver.trm.think, case.solver.reader.read
+        recurse, read = case.solver.trm.recurse, case.solver.reader.read
 
         def thinking(current: Any, z_H: Tensor, z_L: Tensor, **more: Any) -> Any:
             sizes = {len(z_H), len(z_L), *map(len, current.values()), len(more["puzzle_rows"])}
             calls["think"].append(sizes)
-            return think(current, z_H, z_L, **more)
+            return recurse(current, z_H, z_L, **more)
 
         def reading(encoding: Any, latent: Tensor, histories: Any, recompute: bool) -> Any:
             assert len(encoding) == len(latent) == len(histories)
@@ -97,7 +97,7 @@ def test_an_untrained_hybrid_is_the_trm_bit_for_bit(
             alone.append(outputs)
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
-            made = list(attempts(case.solver, case.begin(), Nothing(), most=3, history=1))
+            made = list(attempts(case.solver, case.begin(), NoFeedback(), most=3, history=1))
         assert [one.number for one in made] == [1, 2, 3]
         for one in made:
             wanted = alone[one.number * steps - 1]
@@ -111,8 +111,8 @@ def test_an_untrained_hybrid_is_the_trm_bit_for_bit(
 def test_a_trained_one_is_not(case_of: Cases, inject: str) -> None:
     """Each attempt hears of the one before it: its latent, and what was said of it."""
     case = case_of(inject=inject, shaken=True)
-    silent = run(case, Nothing(), 2)
-    alone = run(case_of(inject="none", shaken=True), Nothing(), 2)
+    silent = run(case, NoFeedback(), 2)
+    alone = run(case_of(inject="none", shaken=True), NoFeedback(), 2)
     told = run(case, Script(9, 9, 9), 2)
     gap = [
         [
@@ -163,9 +163,9 @@ def test_the_order_of_rows_does_not_matter(case_of: Cases) -> None:
     here, order = by_row(run(case, Script(*after), 4)), [2, 0, 3, 1]
 
     class Elsewhere(Script):
-        def __call__(self, number: int, seen: Sequence[Seen]) -> list[Verdict]:
+        def __call__(self, number: int, seen: Sequence[AttemptResult]) -> list[Feedback]:
             return [
-                Verdict(text=f"Try {number}: row {order[s.row]}", stop=number >= self.after[s.row])
+                Feedback(text=f"Try {number}: row {order[s.row]}", stop=number >= self.after[s.row])
                 for s in seen
             ]
 
@@ -181,7 +181,7 @@ def test_least_keeps_a_row_going(case_of: Cases) -> None:
     assert [one.rows.numbers.tolist() for one in made] == [[0, 1, 2], [1, 2], [1]]
     assert [one.ended.tolist() for one in made] == [[True, False, False], [False, True], [True]]
     # The judge's word is written down as it was.
-    assert [[v.stop for v in one.verdicts] for one in made] == [
+    assert [[v.stop for v in one.feedbacks] for one in made] == [
         [True, True, False],
         [True, True],
         [True],
@@ -225,7 +225,7 @@ def test_nobody_reads_for_a_trm_alone(case_of: Cases, spy: Any) -> None:
 
 def test_reasoning_is_counted_and_kept(case_of: Cases) -> None:
     plain, wordy = (case_of(shaken=True, llama={"max_new_tokens": n}) for n in (0, 5))
-    [without], [with_] = (run(case, Nothing(), 1) for case in (plain, wordy))
+    [without], [with_] = (run(case, NoFeedback(), 1) for case in (plain, wordy))
     assert without.reading.reasoning == [""] * 3 and any(with_.reading.reasoning)
     pairs = zip(without.reading.llm_tokens, with_.reading.llm_tokens, strict=True)
     assert all(few < many for few, many in pairs)
@@ -233,7 +233,7 @@ def test_reasoning_is_counted_and_kept(case_of: Cases) -> None:
 
 def said(case: Any, grids: Sequence[Any], offsets: Sequence[Any], canvas: int) -> Outputs:
     """Outputs that draw these grids, all cells equally sure."""
-    tokens = [encode_grid(g, canvas, o) for g, o in zip(grids, offsets, strict=True)]
+    tokens = [tokenize_grid(g, canvas, o) for g, o in zip(grids, offsets, strict=True)]
     logits = 4.0 * torch.nn.functional.one_hot(torch.from_numpy(np.stack(tokens)).long(), 12)
     halt = torch.linspace(-2, 2, len(grids))
     return Outputs(logits=logits, q_halt=halt, q_continue=halt, puzzle_rows=None)
@@ -249,19 +249,19 @@ def test_a_moved_row_is_read_where_its_input_stands(case_of: Cases, arc1: dict[s
     view[0, 4, 1] *= 0.1
     view[0, 3, 3] *= 0.5
     view[0, 0, 0] *= 0.01  # outside of the grid
-    seen = look(case.begin(), outputs)
+    seen = read_predictions(case.begin(), outputs)
     for number, (one, answer) in enumerate(zip(seen, answers, strict=True)):
         assert one.row == number and np.array_equal(one.grid, answer)
         assert np.array_equal(one.tokens, outputs.logits[number].argmax(-1))
         assert one.confidence == pytest.approx(float(outputs.q_halt[number].sigmoid()))
-        assert len(one.doubts) == min(5, answer.size)
-        assert all(answer[r, c] == colour for r, c, colour in one.doubts)
-    assert [(r, c) for r, c, _ in seen[0].doubts[:2]] == [(2, 0), (1, 2)]
+        assert len(one.least_confident) == min(5, answer.size)
+        assert all(answer[r, c] == colour for r, c, colour in one.least_confident)
+    assert [(r, c) for r, c, _ in seen[0].least_confident[:2]] == [(2, 0), (1, 2)]
 
 
 def test_an_input_that_begins_with_black_has_its_corner_there() -> None:
     grid = np.array([[0, 3], [4, 0], [0, 0]], np.uint8)
-    tokens = encode_grid(grid, 5, (1, 2))
+    tokens = tokenize_grid(grid, 5, (1, 2))
     found, corner = read_out(tokens, tokens)
     assert corner == (1, 2) and np.array_equal(found, grid)
 
@@ -274,5 +274,5 @@ def test_a_prediction_without_a_grid_is_empty(case_of: Cases) -> None:
     logits[2, 0, 5] = 2  # one colour, above and left of where the grid would be
     halt = torch.zeros(3)
     outputs = Outputs(logits=logits, q_halt=halt, q_continue=halt, puzzle_rows=None)
-    for one in look(case.begin(), outputs):
-        assert one.grid.shape == (0, 0) and one.doubts == ()
+    for one in read_predictions(case.begin(), outputs):
+        assert one.grid.shape == (0, 0) and one.least_confident == ()

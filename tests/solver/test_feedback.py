@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 
 from hybrid.arc import DIHEDRAL, Augmentation, Grid
 from hybrid.solver import (
+    AttemptResult,
     Confidence,
     Demos,
     FeedbackConfig,
-    Nothing,
+    NoFeedback,
     Oracle,
-    Seen,
     Vote,
     attempts,
-    grid_to_feedback,
+    describe_errors,
 )
 
 Cases = Callable[..., Any]
@@ -35,9 +35,13 @@ def grid(*rows: list[int]) -> Grid:
     return np.array(rows, np.uint8)
 
 
-def seen(row: int, what: Grid, confidence: float = 0.5, doubts: Any = ()) -> Seen:
-    return Seen(
-        row=row, tokens=np.zeros(900, np.uint8), grid=what, confidence=confidence, doubts=doubts
+def seen(row: int, what: Grid, confidence: float = 0.5, least_confident: Any = ()) -> AttemptResult:
+    return AttemptResult(
+        row=row,
+        tokens=np.zeros(900, np.uint8),
+        grid=what,
+        confidence=confidence,
+        least_confident=least_confident,
     )
 
 
@@ -64,7 +68,7 @@ def test_feedback_names_wrong_cells_and_five_at_most(
     for flat in data.draw(st.sets(st.integers(0, answer.size - 1))):
         predicted.flat[flat] = (predicted.flat[flat] + 1 + flat % 9) % 10
     wrong = int((predicted != answer).sum())
-    text = grid_to_feedback(predicted, answer, most)
+    text = describe_errors(predicted, answer, most)
     if not wrong:
         assert text == "right"
         return
@@ -78,7 +82,7 @@ def test_feedback_names_wrong_cells_and_five_at_most(
 
 @given(small, small)
 def test_of_a_wrong_size_only_the_size_is_said(predicted: Grid, answer: Grid) -> None:
-    text = grid_to_feedback(predicted, answer)
+    text = describe_errors(predicted, answer)
     if predicted.shape != answer.shape:
         (h, w), (a, b) = predicted.shape, answer.shape
         assert text == f"size {h}x{w} should be {a}x{b}"
@@ -86,29 +90,29 @@ def test_of_a_wrong_size_only_the_size_is_said(predicted: Grid, answer: Grid) ->
 
 
 def test_of_no_grid_nothing_is_told() -> None:
-    assert grid_to_feedback(EMPTY, grid([1, 2])) == "no grid"
+    assert describe_errors(EMPTY, grid([1, 2])) == "no grid"
 
 
 def test_nothing_says_nothing_and_never_stops() -> None:
     for number in range(1, 17):
-        for verdict in Nothing()(number, [seen(0, grid([1]), 1.0), seen(1, EMPTY)]):
-            assert verdict.text == "" and not verdict.stop
+        for feedback in NoFeedback()(number, [seen(0, grid([1]), 1.0), seen(1, EMPTY)]):
+            assert feedback.text == "" and not feedback.stop
 
 
 @given(st.floats(0, 1), st.floats(0, 1), small)
 def test_confidence_goes_by_the_halt_head_alone(sure: float, threshold: float, what: Grid) -> None:
     judge = Confidence(config(threshold=threshold, cells=0))
-    verdicts = judge(3, [seen(0, what, sure), seen(7, EMPTY, sure)])
-    assert [v.stop for v in verdicts] == [sure > threshold] * 2
-    assert {v.text for v in verdicts} == {f"Try 3: {sure:.0%} sure"}
+    feedbacks = judge(3, [seen(0, what, sure), seen(7, EMPTY, sure)])
+    assert [v.stop for v in feedbacks] == [sure > threshold] * 2
+    assert {v.text for v in feedbacks} == {f"Try 3: {sure:.0%} sure"}
 
 
 @pytest.mark.parametrize("cells", [0, 1, 5])
 def test_confidence_names_the_least_sure_cells(cells: int) -> None:
-    doubts = ((0, 1, 4), (2, 0, 7), (1, 1, 0), (0, 0, 9), (2, 2, 3))
-    [verdict] = Confidence(config(cells=cells))(1, [seen(0, grid([1]), 0.25, doubts)])
-    named = "".join(f" r{r}c{c}={colour}" for r, c, colour in doubts[:cells])
-    assert verdict.text == "Try 1: 25% sure" + (f", least{named}" if cells else "")
+    least_confident = ((0, 1, 4), (2, 0, 7), (1, 1, 0), (0, 0, 9), (2, 2, 3))
+    [feedback] = Confidence(config(cells=cells))(1, [seen(0, grid([1]), 0.25, least_confident)])
+    named = "".join(f" r{r}c{c}={colour}" for r, c, colour in least_confident[:cells])
+    assert feedback.text == "Try 1: 25% sure" + (f", least{named}" if cells else "")
 
 
 def same_or_other(rng: np.random.Generator, base: Grid) -> Grid:
@@ -129,13 +133,13 @@ def test_a_vote_compares_in_the_tasks_frame_and_speaks_in_the_rows(
     mine = [same_or_other(rng, base) for _ in frames]
     judge = Vote(config(threshold=0.5, cells=5), [0] * len(frames), frames)
     rows = [seen(n, view.apply(g)) for n, (view, g) in enumerate(zip(frames, mine, strict=True))]
-    for one, verdict, view in zip(rows, judge(2, rows), frames, strict=True):
+    for one, feedback, view in zip(rows, judge(2, rows), frames, strict=True):
         plain = mine[one.row]
         agree = sum(np.array_equal(plain, other) for other in mine)
-        assert verdict.text.startswith(f"Try 2: {agree} of {len(mine)} views agree")
-        assert verdict.stop == (plain.size > 0 and agree / len(mine) > 0.5)
+        assert feedback.text.startswith(f"Try 2: {agree} of {len(mine)} views agree")
+        assert feedback.stop == (plain.size > 0 and agree / len(mine) > 0.5)
         differ = sum(((plain != o).astype(int) for o in mine if o.shape == plain.shape), 0)
-        named = [tuple(map(int, cell)) for cell in CELL.findall(verdict.text)]
+        named = [tuple(map(int, cell)) for cell in CELL.findall(feedback.text)]
         # Where each cell of the row's frame is in the task's.
         origin = DIHEDRAL[view.dihedral](np.arange(plain.size).reshape(plain.shape))
         assert all(one.grid[r, c] == colour for r, c, colour in named)
@@ -159,9 +163,9 @@ def test_only_views_of_the_same_test_vote() -> None:
     frame = Augmentation(task="t")
     judge = Vote(config(threshold=0.6), [0, 1, 0, 1, 2], [frame] * 5)
     a, b = grid([1, 2]), grid([9])
-    verdicts = judge(1, [seen(n, g) for n, g in enumerate((a, b, a, a, b))])
-    assert [v.stop for v in verdicts] == [True, False, True, False, False]
-    assert [v.text.split(": ")[1].split(" views")[0] for v in verdicts] == [
+    feedbacks = judge(1, [seen(n, g) for n, g in enumerate((a, b, a, a, b))])
+    assert [v.stop for v in feedbacks] == [True, False, True, False, False]
+    assert [v.text.split(": ")[1].split(" views")[0] for v in feedbacks] == [
         "2 of 2",
         "1 of 2",
         "2 of 2",
@@ -181,13 +185,13 @@ def test_demos_looks_at_the_held_out_row_alone() -> None:
     judge = Demos(config(cells=2), [1, 1, 3, 3], outputs)
     anything = [grid([7]), EMPTY]
     for what in anything:
-        verdicts = judge(
+        feedbacks = judge(
             1, [seen(0, what), seen(1, grid([1, 2])), seen(2, what), seen(3, grid([2], [5]))]
         )
-        assert [v.stop for v in verdicts] == [True, True, False, False]
-        assert {v.text for v in verdicts[:2]} == {"Try 1: on a held-out example right"}
+        assert [v.stop for v in feedbacks] == [True, True, False, False]
+        assert {v.text for v in feedbacks[:2]} == {"Try 1: on a held-out example right"}
         wrong = "Try 1: on a held-out example 1 wrong: r1c0=5 should be 1"
-        assert {v.text for v in verdicts[2:]} == {wrong}
+        assert {v.text for v in feedbacks[2:]} == {wrong}
     [_, hopeless] = judge(2, [seen(2, grid([7])), seen(3, EMPTY)])
     assert hopeless.text == "Try 2: on a held-out example no grid" and not hopeless.stop
 
@@ -208,22 +212,28 @@ def test_the_oracle_stops_when_it_is_right_and_names_five_cells_at_most() -> Non
 def test_no_source_but_the_oracle_can_be_given_an_answer() -> None:
     takes = {
         kind.__name__: list(inspect.signature(kind).parameters)
-        for kind in (Nothing, Confidence, Vote, Demos, Oracle)
+        for kind in (NoFeedback, Confidence, Vote, Demos, Oracle)
     }
     assert takes == {
-        "Nothing": [],
+        "NoFeedback": [],
         "Confidence": ["config"],
         "Vote": ["config", "tests", "views"],
         "Demos": ["config", "partner", "outputs"],  # of rows that ask a demonstration
         "Oracle": ["config", "answers"],
     }
-    assert set(Seen.__dataclass_fields__) == {"row", "tokens", "grid", "confidence", "doubts"}
+    assert set(AttemptResult.__dataclass_fields__) == {
+        "row",
+        "tokens",
+        "grid",
+        "confidence",
+        "least_confident",
+    }
 
 
 def judge_of(source: str, drawn: Sequence[Grid], sure: float = 0.5) -> Any:
     frames = [Augmentation(task="t", dihedral=n) for n in range(4)]
     return {
-        "none": lambda: Nothing(),
+        "none": lambda: NoFeedback(),
         "confidence": lambda: Confidence(config(threshold=sure)),
         "vote": lambda: Vote(config(threshold=0.4), [0, 0, 1, 1], frames),
         "demos": lambda: Demos(config(), [1, 1, 3, 3], {1: drawn[1], 3: grid([1])}),
@@ -234,7 +244,7 @@ def judge_of(source: str, drawn: Sequence[Grid], sure: float = 0.5) -> Any:
 def test_labels_reach_no_verdict(case_of: Cases, source: str) -> None:
     case = case_of(rows=4, shaken=True)
     with torch.no_grad():
-        [first] = attempts(case.solver, case.begin(), Nothing(), most=1, history=1)
+        [first] = attempts(case.solver, case.begin(), NoFeedback(), most=1, history=1)
     drawn = [one.grid for one in first.seen]
     sure = float(np.median([one.confidence for one in first.seen]))
     found = []
@@ -252,7 +262,7 @@ def test_labels_reach_no_verdict(case_of: Cases, source: str) -> None:
     for other in found[1:]:
         assert len(other) == len(found[0])
         for a, b in zip(found[0], other, strict=True):
-            assert a.verdicts == b.verdicts and a.rows.histories == b.rows.histories
+            assert a.feedbacks == b.feedbacks and a.rows.histories == b.rows.histories
             assert torch.equal(a.outputs.logits, b.outputs.logits)
             assert torch.equal(a.rows.numbers, b.rows.numbers)
 
@@ -264,5 +274,5 @@ def test_a_row_without_a_grid_breaks_no_source(number: int) -> None:
         *(judge_of(source, [grid([1])] * 4) for source in ("none", "confidence", "vote", "demos")),
         Oracle(config(), [grid([1])] * 4),
     ):
-        verdicts = judge(number, rows)
-        assert len(verdicts) == 4 and not any(v.stop for v in verdicts)
+        feedbacks = judge(number, rows)
+        assert len(feedbacks) == 4 and not any(v.stop for v in feedbacks)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hybrid.solver import HybridSolver, Nothing, Rows, Seen, Verdict, attempts
+from hybrid.solver import AttemptResult, AttemptState, Feedback, HybridModel, NoFeedback, attempts
 from hybrid.trm import IGNORE, TRM, Outputs
 
 Cases = Callable[..., Any]
@@ -21,7 +21,7 @@ STEP = 3e-4
 """Of a finite difference along a direction of length 1; a third or three times it does as well."""
 
 
-def loss_of(outputs: Outputs, rows: Rows) -> Tensor:
+def loss_of(outputs: Outputs, rows: AttemptState) -> Tensor:
     """Smooth, unlike stablemax, whose second derivative jumps at 0; summed over rows."""
     labels = rows.current["labels"].long().flatten()
     logits = outputs.logits.flatten(0, 1)
@@ -29,12 +29,16 @@ def loss_of(outputs: Outputs, rows: Rows) -> Tensor:
     return answer / 8 + outputs.q_halt.sigmoid().sum()
 
 
-def whole_loss(solver: HybridSolver, rows: Rows, most: int, recompute: bool = False) -> Tensor:
-    made = attempts(solver, rows, Nothing(), most=most, history=1, recompute=recompute)
+def whole_loss(
+    solver: HybridModel, rows: AttemptState, most: int, recompute: bool = False
+) -> Tensor:
+    made = attempts(solver, rows, NoFeedback(), most=most, history=1, recompute=recompute)
     return torch.stack([loss_of(one.outputs, one.rows) for one in made]).sum()
 
 
-def gradients(case: Any, run: Callable[[Rows], object], kept: Sequence[int] | None = None) -> Grads:
+def gradients(
+    case: Any, run: Callable[[AttemptState], object], kept: Sequence[int] | None = None
+) -> Grads:
     """Of all weights and of the puzzle rows, after `run` has called backward."""
     case.solver.zero_grad()
     leaf = case.puzzle_rows.clone().requires_grad_()
@@ -124,10 +128,10 @@ def test_so_it_is_in_other_hybrids(case_of: Cases, variant: dict[str, Any]) -> N
 
 
 def as_published(monkeypatch: pytest.MonkeyPatch) -> None:
-    think = TRM.think
+    recurse = TRM.recurse
 
     def last_cycle_only(*args: Any, **kwargs: Any) -> Any:
-        return think(*args, **{**kwargs, "full_gradient": False})
+        return recurse(*args, **{**kwargs, "full_gradient": False})
 
     monkeypatch.setattr(TRM, "think", last_cycle_only)
 
@@ -186,7 +190,7 @@ def test_the_full_gradient_has_the_published_numbers(
     case = case_of(shaken=True, inject="none", H_cycles=3, forward_dtype=dtype)
     trm, states = case.solver.trm.float(), case.solver.trm.fresh_states(case.batch["inputs"])
     found = [
-        trm.think(case.batch, *states, puzzle_rows=case.puzzle_rows, **how)
+        trm.recurse(case.batch, *states, puzzle_rows=case.puzzle_rows, **how)
         for how in ({}, {"full_gradient": True, "recompute": recompute})
     ]
     published, ours = ((z_H, z_L, o.logits, o.q_halt) for z_H, z_L, o in found)
@@ -199,8 +203,8 @@ class Stops:
     def __init__(self, *after: int) -> None:
         self.after = after
 
-    def __call__(self, number: int, seen: Sequence[Seen]) -> list[Verdict]:
-        return [Verdict(text=f"Try {number}", stop=number >= self.after[s.row]) for s in seen]
+    def __call__(self, number: int, seen: Sequence[AttemptResult]) -> list[Feedback]:
+        return [Feedback(text=f"Try {number}", stop=number >= self.after[s.row]) for s in seen]
 
 
 def in_windows(case: Any, most: int, bptt: int | None, judge: Any, recompute: bool = True) -> Grads:
@@ -208,7 +212,7 @@ def in_windows(case: Any, most: int, bptt: int | None, judge: Any, recompute: bo
 
     how: dict[str, Any] = {"most": most, "history": 1, "bptt": bptt, "recompute": recompute}
 
-    def run(rows: Rows) -> None:
+    def run(rows: AttemptState) -> None:
         window = torch.zeros(())
         for one in attempts(case.solver, rows, judge, **how):
             window = window + loss_of(one.outputs, one.rows)
@@ -222,7 +226,7 @@ def in_windows(case: Any, most: int, bptt: int | None, judge: Any, recompute: bo
 def by_hand(case: Any, row: int, most: int, bptt: int) -> Grads:
     """One row alone, detached by hand, one backward at the end."""
 
-    def run(rows: Rows) -> None:
+    def run(rows: AttemptState) -> None:
         total = torch.zeros(())
         for number in range(1, most + 1):
             rows, outputs, _ = case.solver.attempt(rows)

@@ -19,14 +19,14 @@ from hybrid.sweep import (
     Trial,
     best_yaml,
     describe,
-    note_reason,
-    note_trial,
     ranked,
     read_reason,
     read_trial,
     trial_name,
+    write_reason,
     write_report,
     write_results,
+    write_trial,
 )
 
 HIDDEN = Axis(key="adapter.hidden", kind="choice", values=(8, 16, 32))
@@ -66,7 +66,7 @@ def test_a_trial_is_judged_by_its_newest_validation() -> None:
 
 def test_a_noted_trial_is_read_again(tmp_path: Path) -> None:
     assert read_trial(tmp_path / "t") is None
-    note_trial(tmp_path / "t", {"adapter.hidden": 8}, "failed", 2.5, "OSError: disk")
+    write_trial(tmp_path / "t", {"adapter.hidden": 8}, "failed", 2.5, "OSError: disk")
     read = read_trial(tmp_path / "t")
     assert read == trial(
         "t", None, values={"adapter.hidden": 8}, status="failed", seconds=2.5, error="OSError: disk"
@@ -80,20 +80,21 @@ def test_what_a_trial_says_as_it_is_ended_does_not_change_how_it_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The sweep ends it, and only then does it fall over what was taken from it."""
-    from hybrid.cluster import sweep
 
     values = {"adapter.hidden": 8}
     base = hybrid_of(tmp_path)
     folder = base.runs_folder / trial_name(values)
-    note_reason(folder, "what an earlier one said")
+    write_reason(folder, "what an earlier one said")
 
     def ended(*_: object) -> None:
         assert read_reason(folder) == ""
-        note_trial(folder, values, "stopped early", 2.5)
+        write_trial(folder, values, "stopped early", 2.5)
         raise RuntimeError("the placement group was removed")
 
-    monkeypatch.setattr(sweep, "check", ended)
-    sweep._train_trial(values, configs.to_dict(base))
+    from hybrid.cluster import tuner
+
+    monkeypatch.setattr(tuner, "check", ended)
+    tuner._train_trial(values, configs.to_dict(base))
     read = read_trial(folder)
     assert read is not None and read.status == "stopped early" and read.error == ""
     assert read.seconds == 2.5

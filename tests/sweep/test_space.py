@@ -101,7 +101,7 @@ def test_all_problems_are_named_at_once() -> None:
         ({"feedback.source": {"choice": ["none", "votes"]}}, "got 'votes'"),
         ({"trm.num_heads": {"choice": [2, 3]}}, "not a multiple of num_heads 3"),
         ({"trm.seq_len": {"choice": [2, 3]}}, "cannot be set"),
-        ({"sweep.samples": {"choice": [2, 3]}}, "cannot be swept over"),
+        ({"sweep.num_samples": {"choice": [2, 3]}}, "cannot be swept over"),
         ({"cluster.num_workers": {"choice": [0, 1]}}, "cannot be swept over"),
         ({"evaluation.variants": {"choice": [1, 2]}}, "cannot be swept over"),
     ],
@@ -155,11 +155,13 @@ axes_ = st.lists(
 @settings(deadline=None, max_examples=200)
 @given(axes_, st.integers(1, 12), st.integers(0, 2**32 - 1))
 def test_draws_are_in_range_different_and_the_same_every_time(
-    axes: list[Axis], samples: int, seed: int
+    axes: list[Axis], num_samples: int, seed: int
 ) -> None:
-    drawn = draw(axes, samples, seed)
-    assert drawn == draw(axes, samples, seed)
-    assert draw(axes, samples + 3, seed)[: len(drawn)] == drawn, "more samples begin with the same"
+    drawn = draw(axes, num_samples, seed)
+    assert drawn == draw(axes, num_samples, seed)
+    assert draw(axes, num_samples + 3, seed)[: len(drawn)] == drawn, (
+        "more samples begin with the same"
+    )
     names = [trial_name(one) for one in drawn]
     assert len(set(names)) == len(names) and drawn
     for one in drawn:

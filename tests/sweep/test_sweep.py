@@ -32,8 +32,8 @@ trm: {hidden_size: 32, num_heads: 2, expansion: 1, L_layers: 1, H_cycles: 1, L_c
       halt_max_steps: 2, puzzle_emb_ndim: 32, puzzle_emb_len: 1}
 llama: {model: tiny-random}
 adapter: {hidden: 16, prefix_tokens: 2}
-training: {batch_size: 6, steps: 12, variants: 1, save_every: 4, probe_pairs: 0, lr: 1.0e-2,
-           puzzle_lr: 0.1, lr_warmup_steps: 0, ema_rate: 0.5, max_attempts: 2}
+training: {batch_size: 6, steps: 12, variants: 1, save_every: 4, train_accuracy_pairs: 0,
+           lr: 1.0e-2, puzzle_lr: 0.1, lr_warmup_steps: 0, ema_rate: 0.5, max_attempts: 2}
 evaluation: {variants: 1}
 cluster: {num_workers: 0, cpus_per_worker: 0.5}
 logging: {wandb: false, every: 4}
@@ -119,7 +119,7 @@ def refused(root: Path, *overrides: str) -> str:
 
 def ranking(root: Path) -> list[dict[str, Any]]:
     path = root / "runs" / "sweep" / "sweep.parquet"
-    storage.obtain(path)
+    storage.download(path)
     table = pq.read_table(path).to_pylist()
     return [{k: v for k, v in row.items() if k != "seconds"} for row in table]
 
@@ -180,7 +180,7 @@ def test_a_sweep_that_was_refused_can_be_corrected(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_sweep_may_grow(finished: Path) -> None:
     before = {row["trial"]: row for row in ranking(finished)}
-    done = sweep(finished, "sweep.samples=4")
+    done = sweep(finished, "sweep.num_samples=4")
     assert done.returncode == 0, done.stderr
     after = {row["trial"]: row for row in ranking(finished)}
     assert len(after) == 4 and before.items() <= after.items()
@@ -197,11 +197,11 @@ def test_a_trial_that_can_never_fit_is_refused_beforehand(tmp_path: Path) -> Non
 def test_optuna_ends_after_its_samples_and_does_not_begin_again(tmp_path: Path) -> None:
     """In a space of two trials: what it proposes twice is there once."""
     keys = ("sweep.search=optuna", "sweep.space={adapter.hidden: {choice: [8, 16]}}")
-    done = sweep(tmp_path, *keys, "sweep.samples=4")
+    done = sweep(tmp_path, *keys, "sweep.num_samples=4")
     assert done.returncode == 0, done.stderr
     rows = ranking(tmp_path)
     assert 1 <= len(rows) <= 2 and {row["status"] for row in rows} == {"done"}
-    again = sweep(tmp_path, *keys, "sweep.samples=4")
+    again = sweep(tmp_path, *keys, "sweep.num_samples=4")
     assert again.returncode == 0 and ranking(tmp_path) == rows
     assert "step 12:" not in again.stdout.split("right of held-out")[0], "nothing was run"
 
@@ -210,7 +210,7 @@ def test_optuna_ends_after_its_samples_and_does_not_begin_again(tmp_path: Path) 
 def test_a_trial_that_fails_is_listed_and_the_others_end(tmp_path: Path) -> None:
     """llama.model names nothing: that is seen when a trial begins."""
     space = "sweep.space={llama.model: {choice: [tiny-random, /nowhere/at/all]}}"
-    done = sweep(tmp_path, space, "sweep.samples=8")
+    done = sweep(tmp_path, space, "sweep.num_samples=8")
     assert done.returncode == 0, done.stderr
     rows = ranking(tmp_path)
     assert [row["status"] for row in rows] == ["done", "failed"]
@@ -234,14 +234,14 @@ def test_ended_by_hand_and_then_with_its_trials_killed_it_ends_as_undisturbed(
             assert time.monotonic() < until
             time.sleep(0.02)
 
-    with begun(tmp_path, "sweep.max_concurrent=1") as process:
+    with begun(tmp_path, "sweep.max_concurrent_trials=1") as process:
         wait_for(process, 4)
         process.send_signal(signal.SIGINT)
         _, complained = process.communicate(timeout=200)
     assert process.returncode == 1 and "stopped:" in complained, complained
     assert "same command goes on" in complained
     killed: set[Path] = set()
-    with begun(tmp_path, "sweep.max_concurrent=1") as process:
+    with begun(tmp_path, "sweep.max_concurrent_trials=1") as process:
         while process.poll() is None:
             for metrics in trials.glob("*/metrics.jsonl"):
                 if metrics not in killed and _reached(metrics, 4) and not _reached(metrics, 12):
@@ -270,7 +270,7 @@ def _trial_processes(root: Path) -> list[psutil.Process]:
 def test_killed_in_the_middle_with_all_its_processes_it_ends_as_undisturbed(
     tmp_path: Path,
 ) -> None:
-    keys = ("cluster.num_workers=1", "sweep.samples=2")
+    keys = ("cluster.num_workers=1", "sweep.num_samples=2")
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     done = sweep(undisturbed, *keys)
     assert done.returncode == 0, done.stderr
@@ -307,7 +307,7 @@ def test_a_sweep_in_a_store_starts_from_a_run_there_and_goes_on_on_another_machi
             command = [sys.executable, ROOT / "jobs" / f"{job}.py", "--config", experiment(root)]
             subprocess.run([*command, *begin], check=True, timeout=100)
     # One after the other: which trials ASHA ends early depends on who came before.
-    keys = ("trm.init_from=start", "sweep.scheduler=asha", "sweep.max_concurrent=1")
+    keys = ("trm.init_from=start", "sweep.scheduler=asha", "sweep.max_concurrent_trials=1")
     done = sweep(here, places[here], *keys)
     assert done.returncode == 0, done.stderr
     with begun(there, places[there], *keys) as process:
@@ -325,7 +325,7 @@ def test_a_sweep_in_a_store_starts_from_a_run_there_and_goes_on_on_another_machi
     assert ranking(storage.folder(store)) == ranking(here)
     assert {row["status"]: row["step"] for row in ranking(here)} == {"done": 12, "stopped early": 4}
     best = storage.folder(store) / "runs" / "sweep" / "best.yaml"
-    storage.obtain(best)
+    storage.download(best)
     assert configs.load(best).trm.init_from == "start"
     logs = [log.read_text() for log in (tmp_path / "two").rglob("train_0.log")]
     assert any(re.search(r" step [48] of 12,", log) for log in logs), "nothing was resumed"

@@ -31,12 +31,13 @@ from hybrid.config import Config, EvaluationConfig
 from hybrid.context import LocalContext
 from hybrid.dataset import Dataset, Stream, prepare
 from hybrid.errors import UserError
-from hybrid.evaluate import predict, said_to
+from hybrid.evaluate import predict, predict_rows
 from hybrid.train import pretrain
-from hybrid.train.feed import Feed
-from hybrid.train.plan import check, training_stream
+from hybrid.train.loader import SlotLoader
+from hybrid.train.preflight import check, training_stream
+from hybrid.train.pretrain import train_step
 from hybrid.train.state import TrainState, fresh
-from hybrid.train.step import exploration, train_step
+from hybrid.train.update import exploration
 from hybrid.trm import TRM, act_loss
 
 CPU = LocalContext(torch.device("cpu"))
@@ -83,7 +84,7 @@ def going_on(root: Path, request: pytest.FixtureRequest) -> Callable[..., Config
     return copy
 
 
-def state_of(config: Config, dataset: Dataset) -> tuple[TrainState, Feed]:
+def state_of(config: Config, dataset: Dataset) -> tuple[TrainState, SlotLoader]:
     """A state whose rows halt when they like, and what it is fed."""
     state = fresh(config, dataset, range(config.training.batch_size), CPU.device)
     with torch.no_grad():
@@ -114,7 +115,7 @@ class Alone:
                 "puzzle_identifiers": batch["puzzle_identifiers"][n : n + 1]
             }
             z_H, z_L, had = state or (*self.model.fresh_states(row["inputs"]), 0)
-            z_H, z_L, outputs = self.model.think(row, z_H, z_L)
+            z_H, z_L, outputs = self.model.recurse(row, z_H, z_L)
             steps = torch.tensor([had + 1], dtype=torch.int32)
             halted = self.model._halt(
                 steps, outputs.q_halt, (draws[0, n : n + 1], draws[1, n : n + 1])
@@ -142,7 +143,7 @@ def test_twelve_steps_on_mixed_canvases_are_those_of_every_slot_alone(
     def spy(table: Tensor, ids: Tensor, grads: Tensor, **keys: float) -> None:
         given.append(grads.clone())
 
-    monkeypatch.setattr("hybrid.train.step.sign_sgd_", spy)
+    monkeypatch.setattr("hybrid.train.update.sign_sgd_", spy)
     alone = Alone(state.trm, config, 6)
     mixed, turned, uneven = 0, set(), 0
     before = torch.zeros(6, dtype=torch.int32)
@@ -289,7 +290,7 @@ def test_a_probe_asks_each_row_on_its_own_canvas(root: Path) -> None:
     with torch.no_grad():  # a new model says the same of every cell
         state.trm.lm_head.weight.normal_(generator=torch.Generator().manual_seed(8))
     rows = Stream(dataset, 0).original_pairs(10**6)
-    said = said_to(state.trm, rows, batch_size=4)
+    said = predict_rows(state.trm, rows, batch_size=4)
     assert set(rows["side"].tolist()) == {11, 12}
     state.trm.eval()
     varied = 0
@@ -386,9 +387,9 @@ def test_a_run_begins_with_the_weights_and_puzzles_of_another_canvas(
     trm = fresh(config, Dataset.open(root / canvas), range(6), CPU.device).trm
     table = load_file(first / "puzzle_table.safetensors")["puzzle_table"]
     assert torch.equal(trm.puzzle_table, table) and table.any()
-    average = load_file(first / "average.safetensors")
+    ema = load_file(first / "ema.safetensors")
     for name, weight in trm.named_parameters():
-        assert torch.equal(weight, average[name]), name
+        assert torch.equal(weight, ema[name]), name
     assert "another dataset" not in caplog.text
     config = replace(config, training=replace(config.training, steps=1))
     assert pretrain(config, CPU).step == 1

@@ -182,7 +182,7 @@ def train_with_a_limit(rank: int, store: Path, config: Config) -> None:
 def test_if_one_of_two_workers_cannot_write_both_end_and_both_say_so(
     root: Path, tmp_path: Path, start: Callable[..., BaseProcess]
 ) -> None:
-    wide = {"training": {"batch_size": 12, "probe_pairs": 0}}
+    wide = {"training": {"batch_size": 12, "train_accuracy_pairs": 0}}
     alone = experiment(root, "two-undisturbed", **wide)
     config = experiment(root, "two", **wide)
     both = [start(train_as_rank, pretrain, r, 2, tmp_path / "a", alone) for r in range(2)]

@@ -24,8 +24,8 @@ from hybrid.solver import read_out
 from hybrid.train import Joint, Result, estimate, joint
 from hybrid.train.joint import latent_variance
 from hybrid.train.loop import train
-from hybrid.train.plan import training_stream
-from hybrid.train.step import Sums
+from hybrid.train.preflight import training_stream
+from hybrid.train.update import Sums
 from hybrid.trm import IGNORE, Batch
 
 Jointly = Callable[..., Config]
@@ -92,19 +92,19 @@ def run(config: Config) -> tuple[Any, Result]:
 def drive(config: Config, slots: range, steps: int) -> Listening:
     """Some slots of a run, as one worker of several computes them, without the others."""
     dataset = Dataset.open(config.data_folder)
-    learner = Listening(config, dataset, CPU, slots)
+    module = Listening(config, dataset, CPU, slots)
     stream = training_stream(config, dataset)
     rounds = CPU.rounds(stream, slots, config.training.batch_size, 0)
-    feed = feed_of(learner.state, rounds)
-    learner.start()
+    feed = feed_of(module.state, rounds)
+    module.start()
     for _ in range(steps):
-        learner.step(next_batch(feed, learner.state), steps)
-    return learner
+        module.step(next_batch(feed, module.state), steps)
+    return module
 
 
-def moved(learner: Listening) -> set[str]:
-    now = learner.everything()
-    return {name for name, value in learner.new.items() if not torch.equal(value, now[name])}
+def moved(module: Listening) -> set[str]:
+    now = module.everything()
+    return {name for name, value in module.new.items() if not torch.equal(value, now[name])}
 
 
 @pytest.mark.parametrize("inject", ["carry", "input", "both"])
@@ -112,25 +112,25 @@ def test_two_steps_move_every_trained_tensor_and_nothing_else(
     jointly: Jointly, inject: str
 ) -> None:
     """Without decay: what moves has had a gradient."""
-    learner, _ = run(jointly("a", training=NO_DECAY, adapter={"inject": inject}))
-    trained = set(learner.state.optimizer.parameters)
+    module, _ = run(jointly("a", training=NO_DECAY, adapter={"inject": inject}))
+    trained = set(module.state.optimizer.parameters)
     assert {name.split(".")[0] for name in trained} == {"trm", "to_latent", "to_text"}
     calibrated = {"to_latent.mean", "to_latent.std", "trm.puzzle_table"}
-    assert moved(learner) == trained | calibrated
-    for name, weight in learner.reader.backbone.model.named_parameters():
+    assert moved(module) == trained | calibrated
+    for name, weight in module.reader.backbone.model.named_parameters():
         assert weight.grad is None and not weight.requires_grad, name
 
 
 def test_a_language_model_that_is_not_frozen_learns_and_is_kept(jointly: Jointly) -> None:
     llama = {"frozen": False, "lr": 1e-3}
-    learner, result = run(jointly("a", training=NO_DECAY, llama=llama))
-    trained = set(learner.state.optimizer.parameters)
+    module, result = run(jointly("a", training=NO_DECAY, llama=llama))
+    trained = set(module.state.optimizer.parameters)
     decoder = {name for name in trained if name.startswith("llama.")}
-    assert len(decoder) == len(list(learner.reader.backbone.model.model.parameters()))
-    assert trained <= moved(learner)
+    assert len(decoder) == len(list(module.reader.backbone.model.model.parameters()))
+    assert trained <= moved(module)
     kept = read(result.checkpoint).tensors("model")
     for name in decoder:
-        assert torch.equal(kept[name], learner.everything()[name]), name
+        assert torch.equal(kept[name], module.everything()[name]), name
 
 
 def test_without_injection_the_trm_trains_alone(
@@ -138,20 +138,20 @@ def test_without_injection_the_trm_trains_alone(
 ) -> None:
     module = sys.modules["hybrid.train.joint"]
     monkeypatch.setattr(module, "open_reader", None)  # called, it would raise
-    learner, result = run(jointly("a", training=NO_DECAY, adapter={"inject": "none"}))
-    trained = set(learner.state.optimizer.parameters)
+    module, result = run(jointly("a", training=NO_DECAY, adapter={"inject": "none"}))
+    trained = set(module.state.optimizer.parameters)
     assert {name.split(".")[0] for name in trained} == {"trm"}
-    assert moved(learner) == trained | {"trm.puzzle_table"}
+    assert moved(module) == trained | {"trm.puzzle_table"}
     assert read(result.checkpoint).state["llama"] is None
 
 
 def test_a_checkpoint_holds_the_name_of_the_frozen_model_and_not_its_weights(
     jointly: Jointly,
 ) -> None:
-    learner, result = run(jointly("a", training=NO_DECAY))
+    module, result = run(jointly("a", training=NO_DECAY))
     kept = tensors(result.checkpoint)
     assert not [name for name in kept if "llama" in name or "lm." in name]
-    model = learner.reader.backbone.model
+    model = module.reader.backbone.model
     for name in ("model", "average"):
         own = read(result.checkpoint).tensors(name)
         assert {part.split(".")[0] for part in own} == {"trm", "to_latent", "to_text"}
@@ -164,7 +164,7 @@ def test_a_checkpoint_holds_the_name_of_the_frozen_model_and_not_its_weights(
     assert llama == {
         "model": "tiny-random",
         "revision": "none",
-        "fingerprint": learner.reader.backbone.fingerprint(),
+        "fingerprint": module.reader.backbone.fingerprint(),
     }
 
 
@@ -198,9 +198,9 @@ def test_a_row_is_read_with_the_other_demonstrations_of_its_task_and_never_its_o
 ) -> None:
     config = jointly("a", training={"variants": variants, "max_attempts": 1})
     dataset = Dataset.open(config.data_folder)
-    learner = drive(config, slots, 9)
+    module = drive(config, slots, 9)
     kinds = set()
-    for batch, problems in zip(learner.batches, learner.read, strict=True):
+    for batch, problems in zip(module.batches, module.read, strict=True):
         assert len(problems) == len(slots)
         for n, problem in enumerate(problems):
             inputs = batch["inputs"][n].numpy().astype(np.uint8)
@@ -234,8 +234,8 @@ def test_every_row_gets_a_gradient_through_the_language_model_at_every_attempt(
     jointly: Jointly,
 ) -> None:
     """Encoder outputs that are cached between steps starve all but the newest rows."""
-    learner = drive(jointly("a", training=NO_DECAY, feedback={"source": "none"}), SIX, 2)
-    assert learner.solver.to_latent is not None
+    module = drive(jointly("a", training=NO_DECAY, feedback={"source": "none"}), SIX, 2)
+    assert module.solver.to_latent is not None
     latents: list[Tensor] = []
     hidden: list[Tensor] = []
 
@@ -247,12 +247,12 @@ def test_every_row_gets_a_gradient_through_the_language_model_at_every_attempt(
         latents.extend(made.values())
         hidden.append(given[0])
 
-    learner.solver.to_latent.register_forward_hook(keep)
-    dataset = Dataset.open(learner.config.data_folder)
-    stream = training_stream(learner.config, dataset)
-    feed = feed_of(learner.state, CPU.rounds(stream, SIX, 6, 2), 2)
+    module.solver.to_latent.register_forward_hook(keep)
+    dataset = Dataset.open(module.config.data_folder)
+    stream = training_stream(module.config, dataset)
+    feed = feed_of(module.state, CPU.rounds(stream, SIX, 6, 2), 2)
     for _ in range(2):
-        learner.step(next_batch(feed, learner.state), 4)
+        module.step(next_batch(feed, module.state), 4)
     assert len(hidden) == 2 * 3 and len(latents) == 2 * 3 * 3
     for value in (*latents, *hidden):
         assert value.grad is not None
@@ -261,7 +261,7 @@ def test_every_row_gets_a_gradient_through_the_language_model_at_every_attempt(
 
 def peak(config: Config) -> int:
     """Most bytes that were saved for backward at any time of a step."""
-    learner = drive(config, SIX, 1)
+    module = drive(config, SIX, 1)
     now = most = 0
 
     class Saved:
@@ -276,7 +276,7 @@ def peak(config: Config) -> int:
             now -= self.tensor.nbytes
 
     with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
-        learner.step(learner.batches[0], 2)
+        module.step(module.batches[0], 2)
     return most
 
 
@@ -307,8 +307,8 @@ def test_exploration_keeps_rows_going_that_would_have_stopped(jointly: Jointly) 
 def test_blank_rows_teach_the_blank_puzzle_alone(jointly: Jointly) -> None:
     def rows_moved(chance: float) -> set[int]:
         training = {**NO_DECAY, "blank_puzzle_prob": chance}
-        learner = drive(jointly("a", training=training), SIX, 2)
-        table = learner.new["trm.puzzle_table"] != learner.state.trm.puzzle_table
+        module = drive(jointly("a", training=training), SIX, 2)
+        table = module.new["trm.puzzle_table"] != module.state.trm.puzzle_table
         return set(table.any(1).nonzero().flatten().tolist())
 
     assert rows_moved(1) == {0}
@@ -319,9 +319,9 @@ def test_blank_rows_teach_the_blank_puzzle_alone(jointly: Jointly) -> None:
 
 def test_the_oracle_of_a_training_row_is_its_label(jointly: Jointly) -> None:
     config = jointly("a", feedback={"source": "oracle"}, training={"steps": 1})
-    learner = drive(config, SIX, 4)
-    for batch in learner.batches:
-        judge = learner._judge(batch)
+    module = drive(config, SIX, 4)
+    for batch in module.batches:
+        judge = module._judge(batch)
         for n, answer in enumerate(judge.answers):  # type: ignore[attr-defined]
             labels = batch["labels"][n].masked_fill(batch["labels"][n] == IGNORE, 0)
             colours = labels[labels >= 2].numpy() - 2
@@ -343,9 +343,9 @@ def test_the_variance_of_the_latent_is_a_metric(jointly: Jointly) -> None:
 def test_the_estimate_knows_the_adapters(jointly: Jointly) -> None:
     for adapter in ({"inject": "carry"}, {"inject": "both", "layers": 3}):
         config = jointly("a", adapter=adapter)
-        learner = drive(config, SIX, 0)
+        module = drive(config, SIX, 0)
         sizes = {
-            room: sum(p.numel() for n, p in learner.solver.named_parameters() if room in n)
+            room: sum(p.numel() for n, p in module.solver.named_parameters() if room in n)
             for room in ("trm.", "to_")
         }
         text = estimate(config, "hybrid")

@@ -20,7 +20,7 @@ from hybrid.context import LocalContext
 from hybrid.dataset import Dataset, prepare
 from hybrid.solver import attempts
 from hybrid.train import Joint, joint
-from hybrid.train.plan import training_stream
+from hybrid.train.preflight import training_stream
 from hybrid.trm import act_loss
 
 CPU = LocalContext(torch.device("cpu"))
@@ -39,7 +39,7 @@ def config_on(root: Path, run: str, **sections: dict[str, Any]) -> Config:
             "max_attempts": 3,
             "bptt_attempts": 2,
             "steps": 2,
-            "probe_pairs": 0,
+            "train_accuracy_pairs": 0,
             "seed": 28,  # three rows on each canvas, which explore differently
         },
         "logging": {"run": run},
@@ -56,27 +56,27 @@ def root(tmp_path_factory: pytest.TempPathFactory, arc1: dict[str, Task]) -> Pat
     return root
 
 
-def learner_of(config: Config) -> tuple[Joint, dict[str, Tensor]]:
+def module_of(config: Config) -> tuple[Joint, dict[str, Tensor]]:
     """A calibrated hybrid whose adapters speak, differently of every position, and a batch."""
-    learner = Joint(config, Dataset.open(config.data_folder), CPU, SIX)
+    module = Joint(config, Dataset.open(config.data_folder), CPU, SIX)
     draw = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for name, weight in learner.solver.named_parameters():
+        for name, weight in module.solver.named_parameters():
             size = 0.02 if name.startswith("trm.") else 0.1
             weight.add_(size * torch.randn(weight.shape, generator=draw))
-        undecided({f"trm.{k}": v for k, v in learner.state.trm.state_dict().items()})
-        learner.state.trm.puzzle_table.normal_(generator=draw)
-    learner.start()
+        undecided({f"trm.{k}": v for k, v in module.state.trm.state_dict().items()})
+        module.state.trm.puzzle_table.normal_(generator=draw)
+    module.start()
     stream = training_stream(config, Dataset.open(config.data_folder))
-    feed = feed_of(learner.state, CPU.rounds(stream, SIX, 6, 0))
-    return learner, next_batch(feed, learner.state)
+    feed = feed_of(module.state, CPU.rounds(stream, SIX, 6, 0))
+    return module, next_batch(feed, module.state)
 
 
 @pytest.mark.parametrize("micro", [1, 2])
 def test_micro_batches_add_up_to_the_undivided_joint_step(root: Path, micro: int) -> None:
     config = config_on(root, "none", feedback={"source": "confidence", "threshold": 0.5})
     divided = replace(config, training=replace(config.training, micro_batch_size=micro))
-    (one, batch), (other, same) = learner_of(config), learner_of(divided)
+    (one, batch), (other, same) = module_of(config), module_of(divided)
     sums, parts = one.step(batch, 100), other.step(same, 100)
     for name in sums.keys() - {"latent_variance", "compared"}:  # between the rows of a micro-batch
         torch.testing.assert_close(parts[name].double(), sums[name].double(), rtol=1e-5, atol=1e-8)
@@ -95,17 +95,18 @@ def test_a_step_on_mixed_canvases_is_the_sum_of_its_rows_alone(
     Confidence stops every row at once but those that explore; the oracle says how wrong each is.
     """
     config = config_on(root, "none", feedback={"source": source, "threshold": 0.0})
-    learner, batch = learner_of(config)
-    alone, same = learner_of(config)
-    for name, value in learner.solver.state_dict().items():
+    module, batch = module_of(config)
+    alone, same = module_of(config)
+    for name, value in module.solver.state_dict().items():
         assert torch.equal(value, alone.solver.state_dict()[name]), name
     assert all(torch.equal(value, same[name]) for name, value in batch.items())
     assert batch["side"].tolist() == [11, 12, 11, 12, 11, 12]
     given: list[Tensor] = []
     monkeypatch.setattr(
-        "hybrid.train.step.sign_sgd_", lambda table, ids, grads, **keys: given.append(grads.clone())
+        "hybrid.train.update.sign_sgd_",
+        lambda table, ids, grads, **keys: given.append(grads.clone()),
     )
-    sums = learner.step(batch, 100)
+    sums = module.step(batch, 100)
 
     alone.state.step += 1
     alone.solver.train()
@@ -145,7 +146,7 @@ def test_a_step_on_mixed_canvases_is_the_sum_of_its_rows_alone(
                 window.backward()
                 window = torch.zeros(())
         rows.append(puzzle_rows.grad)
-    for name, weight in learner.solver.named_parameters():
+    for name, weight in module.solver.named_parameters():
         theirs = alone.solver.get_parameter(name).grad
         assert theirs is not None and theirs.any(), name
         torch.testing.assert_close(weight.grad, theirs, rtol=1e-4, atol=1e-7, msg=name)
@@ -176,13 +177,13 @@ def test_the_adapter_speaks_to_the_cells_where_they_are() -> None:
 
 def test_a_step_tells_every_row_of_its_own_cells(root: Path) -> None:
     """What the adapter adds at each attempt, seen from outside."""
-    learner, batch = learner_of(config_on(root, "none", feedback={"source": "none"}))
-    assert learner.solver.to_latent is not None
+    module, batch = module_of(config_on(root, "none", feedback={"source": "none"}))
+    assert module.solver.to_latent is not None
     told: list[tuple[Any, dict[str, Tensor]]] = []
-    learner.solver.to_latent.register_forward_hook(
+    module.solver.to_latent.register_forward_hook(
         lambda module, given, made: told.append((given[1], made))
     )
-    learner.step(batch, 100)
+    module.step(batch, 100)
     small = [0, *(1 + 12 * r + c for r in range(11) for c in range(11))]
     seen = set()
     for places, made in told:
@@ -199,10 +200,10 @@ def test_a_probe_plays_each_row_on_its_own_canvas(root: Path) -> None:
     said = []
     for size in (6, 1):
         config = config_on(root, "none", evaluation={"batch_size": size})
-        learner, _ = learner_of(config)
+        module, _ = module_of(config)
         with torch.no_grad():
-            learner.state.trm.lm_head.weight.normal_(generator=torch.Generator().manual_seed(8))
-        said.append(learner.probe(learner.stream, 9))
+            module.state.trm.lm_head.weight.normal_(generator=torch.Generator().manual_seed(8))
+        said.append(module.probe(module.stream, 9))
     assert set(said[0]["side"].tolist()) == {11, 12}
     assert np.array_equal(said[0]["said"], said[1]["said"])
     for n, side in enumerate(said[0]["side"].tolist()):
@@ -217,9 +218,9 @@ def test_news_is_measured_on_every_row_with_its_own_problem(
     monkeypatch.setattr(sys.modules["hybrid.train.joint"], "CALIBRATION_ROWS", 18)
     found = []
     for size in (3, 1):
-        learner, _ = learner_of(config_on(root, "none", llama={"batch_size": size}))
-        assert learner.solver.to_latent is not None
-        found.append((learner.solver.to_latent.mean, learner.solver.to_latent.std))
+        module, _ = module_of(config_on(root, "none", llama={"batch_size": size}))
+        assert module.solver.to_latent is not None
+        found.append((module.solver.to_latent.mean, module.solver.to_latent.std))
     assert found[0][1].all()
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

@@ -10,7 +10,7 @@ from torch import Tensor
 from hybrid.checkpoint import read
 from hybrid.config import Config
 from hybrid.context import LocalContext
-from hybrid.evaluate.hybrid import HybridAnswerer
+from hybrid.evaluate.hybrid_predictor import HybridPredictor
 from hybrid.llm import Reader
 from hybrid.train import Joint
 from hybrid.train.loop import train
@@ -51,18 +51,18 @@ def test_thirty_small_steps_move_every_weight_and_are_what_an_evaluation_reads(
         llama={"frozen": False, "lr": 1e-5, "dtype": "bfloat16"},
     )
     result = train(config, CPU, Kept)
-    learner = Kept.made
-    assert learner.reader is not None and learner.reader.backbone.dtype == torch.bfloat16
+    module = Kept.made
+    assert module.reader is not None and module.reader.backbone.dtype == torch.bfloat16
     kept = {part: read(result.checkpoint).tensors(part) for part in ("model", "average")}
-    for name, weight in learner.llama().items():
-        had_gradient = learner.state.optimizer.v[name] > 0
+    for name, weight in module.llama().items():
+        had_gradient = module.state.optimizer.v[name] > 0
         assert had_gradient.any(), name
-        assert (weight != learner.before[name])[had_gradient].all(), name
-        moved = kept["average"][name] != learner.before[name]
+        assert (weight != module.before[name])[had_gradient].all(), name
+        moved = kept["average"][name] != module.before[name]
         assert moved[had_gradient].float().mean() > 0.99, name
         assert {tensors[name].dtype for tensors in kept.values()} == {torch.float32}
-    answerer = HybridAnswerer(read(result.checkpoint), config, CPU.device)
+    answerer = HybridPredictor(read(result.checkpoint), config, CPU.device)
     assert answerer.solver.reader is not None
-    with learner.state.average.applied():
-        assert torch.equal(hidden(learner.reader), hidden(answerer.solver.reader))
-    assert not torch.equal(hidden(learner.reader), hidden(answerer.solver.reader))
+    with module.state.ema.applied():
+        assert torch.equal(hidden(module.reader), hidden(answerer.solver.reader))
+    assert not torch.equal(hidden(module.reader), hidden(answerer.solver.reader))

@@ -23,8 +23,8 @@ from helpers import (
 )
 from torch import Tensor
 
+from hybrid import launch
 from hybrid.checkpoint import newest, read
-from hybrid.cluster import launch
 from hybrid.config import Config
 from hybrid.context import LocalContext
 from hybrid.dataset import Dataset, prepare
@@ -53,7 +53,12 @@ def test_four_steps_are_two_and_a_new_process_and_two(
     jointly: Jointly, start: Callable[..., BaseProcess]
 ) -> None:
     """With all that is drawn by chance, in batches whose rows stop at different attempts."""
-    training = {"save_every": 2, "blank_puzzle_prob": 0.5, "clip_norm": 1.0, "freeze_trunk": 0.3}
+    training = {
+        "save_every": 2,
+        "blank_puzzle_prob": 0.5,
+        "clip_norm": 1.0,
+        "freeze_weights_fraction": 0.3,
+    }
     drawn = {"trm": {"halt_exploration_prob": 0.5}, "training": training}
     whole, halves = (jointly(name, **drawn) for name in ("whole", "halves"))
     joint(whole, CPU)
@@ -100,7 +105,7 @@ def test_encodings_made_beforehand_train_the_same_and_nothing_is_encoded_again(
     sections: dict[str, dict[str, Any]] = {**EXACT, "adapter": {"lr": 1e-4}}
     sections["training"] = {"steps": 3, "variants": 1}
     now = jointly("now", **sections)
-    sections["llama"] = {**EXACT["llama"], "encodings": True}
+    sections["llama"] = {**EXACT["llama"], "prompt_cache": True}
     before = jointly("before", **sections)
     said = launch.encode(replace(before, cluster=replace(before.cluster, num_workers=0)))
     torch.set_num_threads(1)
@@ -132,12 +137,12 @@ def test_a_run_begins_with_the_averaged_weights_and_table_of_another(
 ) -> None:
     found = newest(begun / "runs/begun/checkpoints")
     assert found is not None
-    model, average, table = (found.tensors(n) for n in ("model", "average", "puzzle_table"))
-    assert not torch.equal(model["embed_tokens"], average["embed_tokens"])
+    model, ema, table = (found.tensors(n) for n in ("model", "average", "puzzle_table"))
+    assert not torch.equal(model["embed_tokens"], ema["embed_tokens"])
     new = started(jointly("a"))
     by_path = started(jointly("b", trm={"init_from": str(found.folder)}))
     elsewhere = started(jointly("c", paths=other, data={"seed": 1}))
-    for name, value in (model | average).items():
+    for name, value in (model | ema).items():
         for state in (new, by_path, elsewhere):
             assert torch.equal(state[name], value), name
     for state in (new, by_path):
@@ -205,9 +210,9 @@ def test_a_frozen_model_may_have_moved_when_a_run_is_resumed(
 
 def test_a_hybrid_begins_with_the_trm_inside_another_hybrid(jointly: Jointly) -> None:
     first = jointly("first", training={"steps": 2})
-    average = read(joint(first, CPU).checkpoint).tensors("average")
+    ema = read(joint(first, CPU).checkpoint).tensors("ema")
     state = started(jointly("second", trm={"init_from": first.logging.run}))
-    for name, value in average.items():
+    for name, value in ema.items():
         if name.startswith("trm."):
             assert torch.equal(state[name.removeprefix("trm.")], value), name
 
@@ -252,7 +257,7 @@ def test_what_a_run_began_with_may_be_gone_when_it_is_resumed(
 def test_a_frozen_trunk_stays_to_the_bit_while_puzzles_are_learned(
     jointly: Jointly, kind: str
 ) -> None:
-    training = {"steps": 8, "save_every": 1, "freeze_trunk": 0.25, "lr_warmup_steps": 0}
+    training = {"steps": 8, "save_every": 1, "freeze_weights_fraction": 0.25, "lr_warmup_steps": 0}
     config = jointly("a", training=training)
     loop: Callable[..., Result] = joint if kind == "hybrid" else pretrain
     loop(config, CPU)
@@ -349,8 +354,8 @@ def test_a_diverged_step_moves_nothing(jointly: Jointly) -> None:
     for name, value in state.model.state_dict().items():
         before = kept["puzzle_table" if name == "trm.puzzle_table" else name]
         assert torch.equal(value, before), name
-    for name, value in read(good).tensors("average").items():
-        assert torch.equal(state.average.shadow[name], value), name
+    for name, value in read(good).tensors("ema").items():
+        assert torch.equal(state.ema.values[name], value), name
     for name, value in read(good).tensors("optimizer").items():
         which, _, key = name.partition(".")
         assert torch.equal(getattr(state.optimizer, which)[key], value), name

@@ -14,8 +14,8 @@ from hybrid.arc import Pair, Task
 from hybrid.config import Config
 from hybrid.context import LocalContext
 from hybrid.dataset import prepare
-from hybrid.encode import Encoder, plan
-from hybrid.evaluate import evaluate, local_solve_all
+from hybrid.evaluate import evaluate, predict_locally
+from hybrid.prompt_cache import PromptCacher, plan
 from hybrid.train import joint
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ TRAINING = {
     "lr_min_ratio": 0.1,
     "ema_rate": 0.95,
     "save_every": 1000,
-    "probe_pairs": 0,
+    "train_accuracy_pairs": 0,
     "clip_norm": 1.0,
     "max_attempts": 1,
     "act_steps": 2,
@@ -67,7 +67,7 @@ def experiment(root: Path, run: str, **sections: dict[str, Any]) -> Config:
         data={"training": [str(root / "training")], "evaluation": [], "variants": 0, "max_side": 3}
         | sections.pop("data", {}),
         trm=TRM,
-        llama={"model": "smollm2-135m", "encodings": True, "batch_size": 16},
+        llama={"model": "smollm2-135m", "prompt_cache": True, "batch_size": 16},
         adapter={"hidden": 128, "prefix_tokens": 2, "lr": 1e-3} | sections.pop("adapter", {}),
         feedback={"source": "none"},
         training=TRAINING,
@@ -94,7 +94,7 @@ def test_what_only_the_text_tells_reaches_the_grid(tmp_path: Path) -> None:
         config = experiment(tmp_path, name, adapter={"inject": inject})
         prepare(config.data, config.data_folder, lambda line: None)
         if inject != "none":
-            encoder, problems = Encoder(config, CPU), plan(config)
+            encoder, problems = PromptCacher(config, CPU), plan(config)
             for first in range(0, len(problems), 16):
                 encoder.add(problems[first : first + 16])
         trained = joint(config, LocalContext(CPU))
@@ -106,7 +106,7 @@ def test_what_only_the_text_tells_reaches_the_grid(tmp_path: Path) -> None:
             **asked,
         )
         prepare(question.data, question.data_folder, lambda line: None)
-        results = evaluate(question, local_solve_all, say=lambda line: None).results
+        results = evaluate(question, predict_locally, say=lambda line: None).results
         assert results["protocol"]["training data"].startswith("inductive")
         assert results["protocol"]["puzzle ids"].startswith("blank")
         scores[name] = results["scores"]["pass@1"]["outputs"]

@@ -110,7 +110,7 @@ def test_an_attempt_keeps_all_cycles_or_the_states_between(recompute: bool) -> N
         batch = rows_of(count)
         states = [state.clone().requires_grad_() for state in trm.fresh_states(batch["inputs"])]
         how = {"full_gradient": True, "recompute": recompute}
-        return saved(trm, lambda: trm.think(batch, *states, **how))
+        return saved(trm, lambda: trm.recurse(batch, *states, **how))
 
     config = config_of(
         Path("/nowhere"),

@@ -25,8 +25,8 @@ from hybrid.dataset.stream import Rows
 from hybrid.errors import UserError
 from hybrid.train import Pretraining, Result, estimate, pretrain, total_steps
 from hybrid.train.progress import _last
-from hybrid.train.runlog import read_metrics
 from hybrid.train.state import trained_on
+from hybrid.train.tracking import read_metrics
 from hybrid.trm import TRM
 
 GoingOn = Callable[..., Config]
@@ -82,10 +82,10 @@ def test_metrics_say_what_happened(going_on: GoingOn, train: Train) -> None:
         assert 1 < line["lm_loss"] < 4, "not near log(12), so not a mean over the rows asked"
         assert 0 <= line["exact_accuracy"] <= line["accuracy"] <= 1
         assert 0 <= line["q_halt_accuracy"] <= 1 and 0 <= line["steps"] <= 4
-    taken = load_file(
+    rows_consumed = load_file(
         config.run_folder / "checkpoints" / "step_00000008" / "slots_000000_000006.safetensors"
-    )["taken"]
-    assert lines[-1]["epoch"] == pytest.approx(int(taken.sum()) / 27)
+    )["rows_consumed"]
+    assert lines[-1]["epoch"] == pytest.approx(int(rows_consumed.sum()) / 27)
 
 
 def test_probes_see_the_averaged_weights_and_training_does_not(
@@ -93,16 +93,16 @@ def test_probes_see_the_averaged_weights_and_training_does_not(
 ) -> None:
     seen: list[dict[str, torch.Tensor]] = []
 
-    def look(model: TRM, rows: Rows, batch_size: int) -> np.ndarray[Any, Any]:
+    def read_predictions(model: TRM, rows: Rows, batch_size: int) -> np.ndarray[Any, Any]:
         seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
         return np.asarray(rows["inputs"], np.uint8)
 
-    monkeypatch.setitem(Pretraining.probe.__globals__, "said_to", look)
+    monkeypatch.setitem(Pretraining.probe.__globals__, "said_to", read_predictions)
     folder = train(going_on("a", training={"steps": 3})).checkpoint
-    average, last = (load_file(folder / f"{name}.safetensors") for name in ("average", "model"))
+    ema, last = (load_file(folder / f"{name}.safetensors") for name in ("average", "model"))
     assert len(seen) == 1
     for name, value in seen[0].items():
-        assert torch.equal(value, average[name]) and not torch.equal(value, last[name]), name
+        assert torch.equal(value, ema[name]) and not torch.equal(value, last[name]), name
 
 
 def test_a_checkpoint_says_what_it_is(going_on: GoingOn, train: Train) -> None:
@@ -134,13 +134,13 @@ def test_progress_is_the_newest_whole_line_with_a_loss(tmp_path: Path) -> None:
     assert _last(path) is None
     lines = [{"step": n, "loss": 1.0, "padding": "x" * 90} for n in range(100)]
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    path.write_text(text + '{"step": 100, "probe/exact_accuracy": 0}\n{"step": 101, "loss": 0')
+    path.write_text(text + '{"step": 100, "train_accuracy/exact": 0}\n{"step": 101, "loss": 0')
     assert _last(path) == lines[-1]
 
 
 def test_the_estimate_is_that_of_the_model_that_will_run(going_on: GoingOn, train: Train) -> None:
     config = going_on("a", training={"steps": 2})
-    tensors = load_file(train(config).checkpoint / "average.safetensors")
+    tensors = load_file(train(config).checkpoint / "ema.safetensors")
     trained = sum(value.numel() for value in tensors.values())
     text = estimate(config, "trm")
     assert f"parameters: {trained:,} trained in the TRM, puzzle table 37 x 32" in text
@@ -167,7 +167,7 @@ def test_wandb_is_offline_by_itself_and_off_when_disabled(
     train(config)
     written = list((config.run_folder / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(written) == (mode is None)
-    parts = {b"arc-trm-pretrain", config.logging.run.encode(), b"lm_loss", b"probe/exact_accuracy"}
+    parts = {b"arc-trm-pretrain", config.logging.run.encode(), b"lm_loss", b"train_accuracy/exact"}
     deadline = time.monotonic() + 30  # W&B's own process may still be writing
     for file in written:
         while parts and time.monotonic() < deadline:
@@ -197,7 +197,7 @@ def test_a_tiny_model_learns_its_training_pairs(tmp_path: Path, train: Train) ->
             "lr": 1e-3,
             "puzzle_lr": 1e-2,
             "lr_warmup_steps": 10,
-            "probe_pairs": 100,
+            "train_accuracy_pairs": 100,
         },
         logging={"every": 200},
     )
@@ -223,7 +223,7 @@ def test_the_share_of_waiting_is_that_of_its_own_steps(begun: Path) -> None:
 
     config = config_of(
         begun,
-        training={"steps": 12, "save_every": 12, "probe_pairs": 0},
+        training={"steps": 12, "save_every": 12, "train_accuracy_pairs": 0},
         logging={"run": "slow rows", "every": 3},
     )
     pretrain(config, Slow(torch.device("cpu")))

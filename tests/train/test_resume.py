@@ -36,7 +36,7 @@ CPU = LocalContext(torch.device("cpu"))
 WRITTEN = {
     "model.safetensors": "weights, H_init, L_init",
     "puzzle_table.safetensors": "puzzle table",
-    "average.safetensors": "moving average",
+    "ema.safetensors": "moving average",
     "optimizer.safetensors": "moments",
     "slots_000000_000006.safetensors": "carry and place in the stream",
     "config.yaml": "config",
@@ -73,7 +73,7 @@ def test_rows_of_the_run_halt_at_different_times(going_on: GoingOn, train: Train
     train(config)
     for step in (3, 4, 8):
         slots = load_file(folders(config)[step] / "slots_000000_000006.safetensors")
-        assert len(set(slots["taken"].tolist())) > 1, step
+        assert len(set(slots["rows_consumed"].tolist())) > 1, step
         assert slots["halted"].any() and not slots["halted"].all(), step
 
 
@@ -209,7 +209,7 @@ def test_the_stream_is_resumed_where_the_slowest_slot_is(going_on: GoingOn, trai
     folder = train(config).checkpoint
     longer = replace(config, training=replace(config.training, steps=13))
     pretrain(longer, Listening(CPU.device))
-    slowest = int(load_file(folder / "slots_000000_000006.safetensors")["taken"].min())
+    slowest = int(load_file(folder / "slots_000000_000006.safetensors")["rows_consumed"].min())
     assert firsts == [slowest] and slowest > 0
 
 

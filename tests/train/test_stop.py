@@ -39,7 +39,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, arc1: dict[str, Task]) -> Pat
 def experiment(
     root: Path, run: str, make: Callable[..., Config] = config_of, **training: Any
 ) -> Config:
-    training = {"steps": STEPS, "save_every": 150, "probe_pairs": 0} | training
+    training = {"steps": STEPS, "save_every": 150, "train_accuracy_pairs": 0} | training
     config = make(root, training=training, cluster={"num_workers": 0}, logging={"run": run})
     (root / f"{run}.yaml").write_text(dump(config))
     return config
@@ -148,7 +148,7 @@ def test_the_second_signal_ends_a_run_at_once(root: Path, job: Job, number: sign
     config = config_of(
         root,
         trm={"H_cycles": 3000, "L_cycles": 50},
-        training={"probe_pairs": 0},
+        training={"train_accuracy_pairs": 0},
         cluster={"num_workers": 0},
         logging={"run": f"twice-{number.name}"},
     )

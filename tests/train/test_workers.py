@@ -14,7 +14,7 @@ from hybrid.config import Config
 from hybrid.context import worker_slots
 from hybrid.errors import UserError
 from hybrid.train import Result
-from hybrid.train.step import exploration
+from hybrid.train.update import exploration
 
 GoingOn = Callable[..., Config]
 Train = Callable[[Config], Result]
@@ -34,8 +34,8 @@ def test_one_and_two_workers_and_every_change_between_them_agree(
     one, two, back = (going_on(name, training=SIX_STEPS) for name in ("one", "two", "back"))
     train(one)
     together(two)
-    taken = tensors(folder(one, 7))["taken"]
-    assert len(set(taken.tolist())) > 1, "all rows halted together: nothing was tried"
+    rows_consumed = tensors(folder(one, 7))["rows_consumed"]
+    assert len(set(rows_consumed.tolist())) > 1, "all rows halted together: nothing was tried"
     parts = ["slots_000000_000003.safetensors", "slots_000003_000006.safetensors"]
     assert sorted(path.name for path in folder(two, 7).glob("slots_*")) == parts
     for step in (3, 6, 7):

@@ -48,9 +48,9 @@ def scattered(model: TRM) -> TRM:
     return model
 
 
-def think(model: TRM, batch: dict[str, Tensor], **keys: Any) -> tuple[Tensor, Tensor, Any]:
+def recurse(model: TRM, batch: dict[str, Tensor], **keys: Any) -> tuple[Tensor, Tensor, Any]:
     z_H, z_L = model.fresh_states(batch["inputs"])
-    return model.think(batch, z_H, z_L, **keys)
+    return model.recurse(batch, z_H, z_L, **keys)
 
 
 def test_rotary_angles_are_those_of_the_cells_on_the_full_canvas(tiny: Tiny) -> None:
@@ -85,9 +85,9 @@ def test_what_is_no_square_of_the_canvas_is_refused(tiny: Tiny, positions: int) 
 
 def test_a_weight_for_every_cell_knows_no_smaller_canvas(tiny: Tiny) -> None:
     model = model_of(tiny, FULL, mlp_t=True, pos_encodings="learned")
-    think(model, rows_of(FULL))
+    recurse(model, rows_of(FULL))
     with pytest.raises(AssertionError, match="mlp_t"):
-        think(model, rows_of(SMALL))
+        recurse(model, rows_of(SMALL))
 
 
 @pytest.mark.parametrize("kind", POSITIONS)
@@ -150,7 +150,7 @@ def test_positions_of_its_own_would_say_something_else(tiny: Tiny, kind: Any) ->
     if kind == "learned":
         weights["embed_pos"] = weights["embed_pos"][: P + SMALL**2]
     small.load_state_dict(weights)
-    said = [think(model, rows_of(SMALL))[2].logits for model in (large, small)]
+    said = [recurse(model, rows_of(SMALL))[2].logits for model in (large, small)]
     assert (said[0] - said[1]).abs().max() > 1e-3
 
 
@@ -160,7 +160,7 @@ def test_it_is_the_full_canvas_with_nobody_looking_beyond_the_small_one(
 ) -> None:
     """Attention alone mixes cells: where no cell sees those beyond, the rest is the same."""
     model = scattered(model_of(tiny, FULL, pos_encodings=kind))
-    few = think(model, rows_of(SMALL))
+    few = recurse(model, rows_of(SMALL))
     seen = torch.zeros(P + FULL**2, dtype=torch.bool)
     seen[PLACES] = True
     attention = F.scaled_dot_product_attention
@@ -169,7 +169,7 @@ def test_it_is_the_full_canvas_with_nobody_looking_beyond_the_small_one(
         return attention(q, k, v, attn_mask=seen.expand(q.shape[2], -1))
 
     monkeypatch.setattr("hybrid.trm.layers.F.scaled_dot_product_attention", blinkered)
-    whole = think(model, on_full(rows_of(SMALL)))
+    whole = recurse(model, on_full(rows_of(SMALL)))
     torch.testing.assert_close(few[0], whole[0][:, PLACES], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(few[1], whole[1][:, PLACES], rtol=1e-9, atol=1e-9)
     cells = [cell - P for cell in CELLS]
@@ -179,8 +179,8 @@ def test_it_is_the_full_canvas_with_nobody_looking_beyond_the_small_one(
 def test_a_table_made_in_inference_serves_training(tiny: Tiny) -> None:
     model = model_of(tiny, FULL)
     with torch.inference_mode():
-        think(model, rows_of(SMALL))
-    think(model, rows_of(SMALL))[2].logits.sum().backward()
+        recurse(model, rows_of(SMALL))
+    recurse(model, rows_of(SMALL))[2].logits.sum().backward()
     assert model.lm_head.weight.grad is not None
 
 

@@ -13,7 +13,7 @@ from benchmarks.plain import PlainTrainer, PlainTRM, stablemax_cross_entropy
 from hybrid.trm import (
     TRM,
     AdamAtan2,
-    MovingAverage,
+    ExponentialMovingAverage,
     TRMConfig,
     act_loss,
     log_stablemax,
@@ -37,7 +37,7 @@ def test_six_steps_of_the_baseline_are_ours(
         theirs, batch_size=4, weight_decay=DECAY, ema_rate=RATE, compiled=compiled
     )
     weights = dict(ours.named_parameters())
-    adam, average = AdamAtan2(weights, weight_decay=DECAY), MovingAverage(weights, RATE)
+    adam, ema = AdamAtan2(weights, weight_decay=DECAY), ExponentialMovingAverage(weights, RATE)
     carry = None
     for step in range(6):
         batch = batch_of(config, seed=step)
@@ -60,7 +60,7 @@ def test_six_steps_of_the_baseline_are_ours(
             weight_decay=DECAY,
         )
         adam.step(LR)
-        average.update()
+        ema.update()
         for name, value in sums.items():
             torch.testing.assert_close(metrics[name], float(value), rtol=1e-5, atol=1e-6, msg=name)
         assert trainer.carry is not None
@@ -69,13 +69,13 @@ def test_six_steps_of_the_baseline_are_ours(
     close: dict[str, Any] = {"rtol": 0, "atol": 5e-6}
     for name, value in ours.state_dict().items():
         torch.testing.assert_close(theirs.state_dict()[name], value, **close)
-    for name, value in average.shadow.items():
-        torch.testing.assert_close(trainer.shadow[name], value, **close)
+    for name, value in ema.values.items():
+        torch.testing.assert_close(trainer.values[name], value, **close)
 
     rows = batch_of(config, seed=9)
     tokens, q_halt = trainer.evaluate(rows)
     ours.eval()
-    with average.applied(), torch.inference_mode():
+    with ema.applied(), torch.inference_mode():
         carry = ours.initial_carry(rows)
         for _ in range(config.halt_max_steps):
             carry, out = ours.act_step(carry, rows)

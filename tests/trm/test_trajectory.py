@@ -64,7 +64,5 @@ def test_weights_average_and_table(run: Trajectory, recorded: dict[str, torch.Te
     for name, weight in run.model.named_parameters():
         theirs = "model." + upstream.published_name(name)
         check(name, weight.detach(), recorded[f"final.{theirs}"])
-        check(
-            f"average of {name}", run.average.shadow[name].flatten()[::4], recorded[f"ema.{theirs}"]
-        )
+        check(f"average of {name}", run.ema.values[name].flatten()[::4], recorded[f"ema.{theirs}"])
     check("table", run.steps["puzzle_emb_weights"], recorded["step.puzzle_emb_weights"])

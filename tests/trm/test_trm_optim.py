@@ -11,7 +11,7 @@ from torch import Tensor
 from hybrid.trm import (
     TRM,
     AdamAtan2,
-    MovingAverage,
+    ExponentialMovingAverage,
     TRMConfig,
     act_loss,
     learning_rate,
@@ -135,40 +135,40 @@ def test_ranks_sum_and_who_would_notice_a_mean(
 
 def test_the_average_holds_the_weights_and_nothing_else(tiny: Callable[..., TRMConfig]) -> None:
     model = TRM(tiny(num_puzzle_identifiers=10_000))
-    average = MovingAverage(dict(model.named_parameters()), rate=0.75)
-    assert average.shadow.keys() == dict(model.named_parameters()).keys()
-    assert not average.shadow.keys() & {"H_init", "L_init", "puzzle_table"}
-    held = {t.untyped_storage().data_ptr() for t in average.shadow.values()}
+    ema = ExponentialMovingAverage(dict(model.named_parameters()), rate=0.75)
+    assert ema.values.keys() == dict(model.named_parameters()).keys()
+    assert not ema.values.keys() & {"H_init", "L_init", "puzzle_table"}
+    held = {t.untyped_storage().data_ptr() for t in ema.values.values()}
     live = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
     assert not held & live
-    floats = sum(t.untyped_storage().nbytes() for t in average.shadow.values()) // 4
+    floats = sum(t.untyped_storage().nbytes() for t in ema.values.values()) // 4
     assert floats == sum(p.numel() for p in model.parameters()) < model.puzzle_table.numel()
 
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1.0)
-    average.update()
+    ema.update()
     for name, p in model.named_parameters():
-        torch.testing.assert_close(average.shadow[name], before[name] + 0.25)
+        torch.testing.assert_close(ema.values[name], before[name] + 0.25)
         assert torch.equal(p.detach(), before[name] + 1.0)
-        assert not average.shadow[name].requires_grad
+        assert not ema.values[name].requires_grad
 
 
 def test_the_average_stands_in_without_a_copy(tiny: Callable[..., TRMConfig]) -> None:
     model = TRM(tiny())
-    average = MovingAverage(dict(model.named_parameters()), rate=0.5)
+    ema = ExponentialMovingAverage(dict(model.named_parameters()), rate=0.5)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1.0)
-    average.update()
+    ema.update()
     live = {name: p.detach().clone() for name, p in model.named_parameters()}
-    shadow = {name: value.clone() for name, value in average.shadow.items()}
-    places = {value.data_ptr() for value in average.shadow.values()}
-    with pytest.raises(KeyboardInterrupt), average.applied():
+    values = {name: value.clone() for name, value in ema.values.items()}
+    places = {value.data_ptr() for value in ema.values.values()}
+    with pytest.raises(KeyboardInterrupt), ema.applied():
         for name, p in model.named_parameters():
-            assert torch.equal(p.detach(), shadow[name]) and p.data_ptr() in places
+            assert torch.equal(p.detach(), values[name]) and p.data_ptr() in places
         raise KeyboardInterrupt
     for name, p in model.named_parameters():
         assert torch.equal(p.detach(), live[name])
-        assert torch.equal(average.shadow[name], shadow[name])
+        assert torch.equal(ema.values[name], values[name])

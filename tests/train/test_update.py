@@ -20,10 +20,11 @@ from hybrid.config import Config, TrainingConfig
 from hybrid.context import LocalContext
 from hybrid.dataset import Dataset, Stream
 from hybrid.train import Result, TrainState, step
-from hybrid.train.feed import Feed
+from hybrid.train.loader import SlotLoader
+from hybrid.train.pretrain import train_step
 from hybrid.train.state import fresh
-from hybrid.train.step import Diverged, train_step
-from hybrid.trm import TRM, AdamAtan2, MovingAverage, TRMConfig, upstream
+from hybrid.train.update import Diverged
+from hybrid.trm import TRM, AdamAtan2, ExponentialMovingAverage, TRMConfig, upstream
 
 GoingOn = Callable[..., Config]
 Train = Callable[[Config], Result]
@@ -60,8 +61,8 @@ def test_six_steps_are_the_published_trainers(golden: Path) -> None:
     for name, weight in state.model.named_parameters():
         theirs = "model." + upstream.published_name(name)
         torch.testing.assert_close(weight, recorded[f"final.{theirs}"], rtol=0, atol=5e-6)
-        average = state.average.shadow[name].flatten()[::4]
-        torch.testing.assert_close(average, recorded[f"ema.{theirs}"], rtol=0, atol=5e-6)
+        ema = state.ema.values[name].flatten()[::4]
+        torch.testing.assert_close(ema, recorded[f"ema.{theirs}"], rtol=0, atol=5e-6)
 
 
 def state_of(model: TRM, config: TrainingConfig, batch: dict[str, Tensor]) -> TrainState:
@@ -72,10 +73,10 @@ def state_of(model: TRM, config: TrainingConfig, batch: dict[str, Tensor]) -> Tr
         optimizer=AdamAtan2(
             weights, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
         ),
-        average=MovingAverage(weights, config.ema_rate),
+        ema=ExponentialMovingAverage(weights, config.ema_rate),
         slots=range(len(batch["inputs"])),
         carry=model.initial_carry(batch),
-        taken=torch.zeros(len(batch["inputs"]), dtype=torch.int64),
+        rows_consumed=torch.zeros(len(batch["inputs"]), dtype=torch.int64),
         trained_on=[],
     )
 
@@ -95,7 +96,9 @@ def test_a_step_reads_the_device_once(monkeypatch: pytest.MonkeyPatch, micro: in
     batch = {"inputs": tokens, "labels": tokens, "puzzle_identifiers": rows, "side": rows}
     config = TrainingConfig(batch_size=4, micro_batch_size=micro)
     state = state_of(trm.to("meta"), config, batch)
-    feed = Feed(iter(blank_rounds()), 0, state.taken, torch.zeros(4, dtype=torch.int32))
+    feed = SlotLoader(
+        iter(blank_rounds()), 0, state.rows_consumed, torch.zeros(4, dtype=torch.int32)
+    )
     for _ in range(2):
         sums = train_step(state, next_batch(feed, state), config, 9, meta)
     assert state.step == 2 and state.carry.halted.is_meta
@@ -148,7 +151,7 @@ def everything(state: TrainState) -> dict[str, Tensor]:
     found = {f"model.{name}": value for name, value in state.model.state_dict().items()}
     for part in ("m", "v"):
         found |= {f"{part}.{n}": v for n, v in getattr(state.optimizer, part).items()}
-    found |= {f"average.{name}": value for name, value in state.average.shadow.items()}
+    found |= {f"average.{name}": value for name, value in state.ema.values.items()}
     return {name: value.clone() for name, value in found.items()}
 
 
@@ -194,9 +197,9 @@ def test_only_trained_weights_and_the_rows_that_were_seen_move(
     for name, value in after.items():
         assert torch.equal(value, before[name]) == (name in ("H_init", "L_init")), name
     table = load_file(folder / "puzzle_table.safetensors")["puzzle_table"]
-    taken = load_file(folder / "slots_000000_000006.safetensors")["taken"]
+    rows_consumed = load_file(folder / "slots_000000_000006.safetensors")["rows_consumed"]
     stream = Stream(Dataset.open(config.data_folder), config.training.seed)
-    places = [6 * k + slot for slot in range(6) for k in range(int(taken[slot]))]
+    places = [6 * k + slot for slot in range(6) for k in range(int(rows_consumed[slot]))]
     seen = set(stream.rows(np.array(places))["puzzle_identifiers"].tolist())
     assert set(table.any(dim=1).nonzero().flatten().tolist()) == seen
     assert 0 < len(seen) < len(table) - 1, "every row was seen: nothing was tried"
@@ -210,5 +213,5 @@ def test_the_average_follows_the_weights_at_its_rate(
     train_step(trained, batch, replace(config.training, lr_warmup_steps=0), 4, CPU)
     for name, weight in trained.model.named_parameters():
         expected = 0.9 * old[f"average.{name}"] + 0.1 * weight.detach()
-        torch.testing.assert_close(trained.average.shadow[name], expected)
+        torch.testing.assert_close(trained.ema.values[name], expected)
         assert not torch.equal(weight, old[f"model.{name}"]), f"{name} is not trained"

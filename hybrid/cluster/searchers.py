@@ -31,7 +31,7 @@ class RandomSearch:
 
     def __init__(self, config: Config, axes: Sequence[Axis]) -> None:
         failed = {trial.name for trial in known_trials(config) if trial.status == "failed"}
-        drawn = draw(axes, config.sweep.samples, config.sweep.seed)
+        drawn = draw(axes, config.sweep.num_samples, config.sweep.seed)
         done = {trial.name for trial in known_trials(config) if trial.status != "unfinished"}
         self.count = len(drawn)
         left = [values for values in drawn if trial_name(values) not in failed]
@@ -39,7 +39,7 @@ class RandomSearch:
         self.open = any(trial_name(values) not in done for values in left)
         self.said = f"{len(drawn)} trials, {len(done)} of them done"
         self.space = {"values": tune.grid_search(left)}
-        self.samples = 1
+        self.num_samples = 1
         self.searcher = None
 
 
@@ -49,13 +49,13 @@ class OptunaSearch:
     def __init__(self, config: Config, axes: Sequence[Axis]) -> None:
         known = known_trials(config)
         ended = [trial for trial in known if trial.status != "unfinished"]
-        self.count = config.sweep.samples
+        self.count = config.sweep.num_samples
         sizes = [_size(axis) for axis in axes]
         if all(sizes):  # no more trials than there are different ones
             self.count = min(self.count, math.prod(sizes))
-        self.samples = max(0, self.count - len(ended))
+        self.num_samples = max(0, self.count - len(ended))
         self.names: set[str] = set()  # it may end below the count
-        self.open = self.samples > 0
+        self.open = self.num_samples > 0
         self.said = f"{self.count} trials, {len(ended)} of them done"
         self.space: dict[str, Any] = {}  # the searcher has it
         going = [dict(trial.values) for trial in known if trial.status == "unfinished"]

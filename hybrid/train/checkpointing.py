@@ -18,7 +18,7 @@ from hybrid.config import Config, dump, to_dict
 from hybrid.context import RunContext, worker_slots
 from hybrid.dataset import Dataset
 from hybrid.dataset.stream import ROW_ORDER
-from hybrid.errors import AgreedError, UserError
+from hybrid.errors import CollectiveUserError, UserError
 from hybrid.train.state import TrainState, save, slots_name
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def save_checkpoint(
 
     def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
-        if storage.is_copy(final):
+        if storage.is_cached(final):
             storage.remove(final)  # what a killed run has left of it
         partial.mkdir(parents=True)
 
@@ -58,7 +58,7 @@ def save_checkpoint(
         save(state, partial, context.rank)
         mine.append(fingerprint(partial / name))
         if context.rank:
-            storage.publish(final / name, partial / name)
+            storage.upload(final / name, partial / name)
 
     def end() -> None:
         texts = {"config.yaml": dump(config), TRAINED_ON: json.dumps(state.trained_on)}
@@ -74,11 +74,11 @@ def save_checkpoint(
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         good = newest(folder)
-        raise AgreedError(
-            f"{storage.place(final)}: the checkpoint cannot be written ({error}); the newest whole"
+        raise CollectiveUserError(
+            f"{storage.uri(final)}: the checkpoint cannot be written ({error}); the newest whole"
             f" one is {good.folder.name if good else 'none'}; run the same command again to resume"
         ) from error
-    if context.rank and storage.is_copy(final):
+    if context.rank and storage.is_cached(final):
         shutil.rmtree(partial, ignore_errors=True)  # on another machine than rank 0's
 
 
@@ -121,7 +121,7 @@ def _describe(
         "config": to_dict(config),
         "dataset": {
             **{key: dataset.meta[key] for key in ("fingerprint", "counts", "sources")},
-            "canvas": dataset.placing,
+            "canvas": dataset.canvas_mode,
             "row_order": ROW_ORDER,
         },
         "versions": {"arc-hybrid": __version__, "torch": torch.__version__},

@@ -10,11 +10,12 @@ import torch
 
 from hybrid.config import Config
 from hybrid.dataset import Dataset
+from hybrid.device import compute_device
 from hybrid.errors import UserError
 from hybrid.llm import open_reader
 
 
-class Encoder:
+class PromptCacher:
     """A language model and a store that it fills."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
@@ -23,7 +24,7 @@ class Encoder:
             config.llama,
             device,
             models=config.models_folder,
-            encodings=config.encodings_folder,
+            prompt_cache=config.prompt_cache_folder,
         )
         assert self.reader.store is not None
         self.store = self.reader.store
@@ -46,10 +47,10 @@ def plan(config: Config) -> list[tuple[int, int]]:
     By size, the largest first: batches are hardly padded, and what does not fit in memory is known
     at once.
     """
-    if not config.llama.encodings:
-        raise UserError("llama.encodings is false: nothing would read what is encoded")
+    if not config.llama.prompt_cache:
+        raise UserError("llama.prompt_cache is false: nothing would read what is encoded")
     dataset = Dataset.open(config.data_folder)
-    dataset.refuse_another_recipe(config.data)
+    dataset.check_same_recipe(config.data)
 
     @cache
     def cells(task: int, number: int) -> int:
@@ -62,3 +63,16 @@ def plan(config: Config) -> list[tuple[int, int]]:
         key=lambda problem: cells(int(dataset.task_of[problem[0]]), problem[1]),
         reverse=True,
     )
+
+
+def cache_prompts_locally(config: Config, problems: Sequence[tuple[int, int]]) -> int:
+    """Cache `problems` that are missing, in this process; return how many were."""
+    cacher = PromptCacher(config, compute_device(config.cluster.use_gpu))
+    size = config.llama.batch_size
+    parts = [problems[first : first + size] for first in range(0, len(problems), size)]
+    return sum(map(cacher.add, parts))
+
+
+def summary(config: Config, problems: Sequence[tuple[int, int]], added: int) -> str:
+    """Format the outcome of filling the cache as one line."""
+    return f"{len(problems)} prompts, {added} added to the cache: {config.paths.prompt_cache}"

@@ -29,8 +29,8 @@ from hybrid.config import Config
 from hybrid.context import LocalContext
 from hybrid.dataset import Dataset, Stream, prepare
 from hybrid.errors import UserError
-from hybrid.evaluate import Job, Outcome, Question, describe, local_solve_all
-from hybrid.evaluate.solve import Prediction
+from hybrid.evaluate import Job, Outcome, Question, describe, predict_locally
+from hybrid.evaluate.trm_predictor import Prediction
 from hybrid.llm import Prompt, Reader
 from hybrid.train import joint
 
@@ -254,7 +254,7 @@ def test_half_an_evaluation_is_not_repeated(ask_hybrid: Ask) -> None:
         pass
 
     def stopping(job: Job, questions: Sequence[Question]) -> Iterator[Prediction]:
-        for number, prediction in enumerate(local_solve_all(job, questions)):
+        for number, prediction in enumerate(predict_locally(job, questions)):
             if number == 2:
                 raise Stop
             yield prediction

@@ -14,9 +14,9 @@ from torch import Tensor
 from hybrid.arc import Task
 from hybrid.errors import UserError
 from hybrid.llm import LlamaConfig, open_reader
-from hybrid.llm.backbone import Backbone, Encoding
-from hybrid.llm.encodings import EncodingStore
+from hybrid.llm.backbone import Backbone, PromptCache
 from hybrid.llm.load import load_backbone
+from hybrid.llm.prompt_cache import PromptCacheStore
 from hybrid.llm.reader import Reader
 
 Tiny = Callable[..., Backbone]
@@ -24,14 +24,14 @@ PROBLEMS = ([5, 6, 7, 8, 9], [20, 21], [30, 31, 32, 33, 34, 35, 36], [40])
 TEXTS = ([50, 51, 52], [60], [70, 71], [80, 81])
 
 
-def tensors(encoding: Encoding) -> list[Tensor]:
+def tensors(encoding: PromptCache) -> list[Tensor]:
     """Its tensors, padding blanked: nobody looks at what is there."""
     mask = encoding.mask[:, None, :, None]
     layers = [tensor * mask for layer in encoding.layers for tensor in layer]
     return [encoding.tokens * encoding.mask, encoding.mask, *layers]
 
 
-def read(backbone: Backbone, encoding: Encoding) -> Tensor:
+def read(backbone: Backbone, encoding: PromptCache) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     latent = torch.randn(len(encoding), 2, backbone.hidden_size, generator=generator)
     return backbone.read(encoding, latent * backbone.embedding_scale, TEXTS[: len(encoding)])
@@ -39,8 +39,8 @@ def read(backbone: Backbone, encoding: Encoding) -> Tensor:
 
 def test_what_is_stored_is_what_would_be_made(tiny: Tiny, tmp_path: Path) -> None:
     backbone = tiny()
-    assert EncodingStore(tmp_path, backbone).add(PROBLEMS) == 4
-    store = EncodingStore(tmp_path, backbone)
+    assert PromptCacheStore(tmp_path, backbone).add(PROBLEMS) == 4
+    store = PromptCacheStore(tmp_path, backbone)
     stored, live = store.encode(PROBLEMS), backbone.encode(PROBLEMS)
     for problem in PROBLEMS:
         kept = load_file(store.path(problem))
@@ -57,7 +57,7 @@ def test_what_is_stored_is_what_would_be_made(tiny: Tiny, tmp_path: Path) -> Non
 def test_it_is_read_back_to_the_bit(tiny: Tiny, tmp_path: Path, dtype: str) -> None:
     """One at a time: how a batch is put together rounds otherwise."""
     backbone = tiny(dtype=dtype)
-    store = EncodingStore(tmp_path, backbone)
+    store = PromptCacheStore(tmp_path, backbone)
     for problem in PROBLEMS:
         assert store.add([problem]) == 1
         live = backbone.encode([problem])
@@ -71,13 +71,13 @@ def test_rows_keep_their_order_when_some_are_there(
 ) -> None:
     """And only what is not there is encoded."""
     backbone = tiny()
-    store = EncodingStore(tmp_path, backbone)
+    store = PromptCacheStore(tmp_path, backbone)
     store.add([PROBLEMS[n] for n in there])
     wanted = backbone.encode(PROBLEMS)
     made: list[list[int]] = []
     encode = backbone.encode
 
-    def watched(problems: list[list[int]]) -> Encoding:
+    def watched(problems: list[list[int]]) -> PromptCache:
         made.extend(problems)
         return encode(problems)
 
@@ -89,7 +89,7 @@ def test_rows_keep_their_order_when_some_are_there(
 
 
 def test_add_skips_what_is_there(tiny: Tiny, tmp_path: Path) -> None:
-    store = EncodingStore(tmp_path, tiny())
+    store = PromptCacheStore(tmp_path, tiny())
     assert store.add(PROBLEMS[:2]) == 2
     times = {path: path.stat().st_mtime_ns for path in store.folder.iterdir()}
     assert set(times) == {store.path(problem) for problem in PROBLEMS[:2]}
@@ -99,7 +99,7 @@ def test_add_skips_what_is_there(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_a_problem_given_twice_is_made_once(tiny: Tiny, tmp_path: Path) -> None:
-    store = EncodingStore(tmp_path, tiny())
+    store = PromptCacheStore(tmp_path, tiny())
     assert store.add([PROBLEMS[0], PROBLEMS[1], PROBLEMS[0]]) == 2
     encoding = store.encode([PROBLEMS[0], PROBLEMS[1], PROBLEMS[0]])
     assert encoding.mask.sum(1).tolist() == [5, 2, 5]
@@ -107,7 +107,7 @@ def test_a_problem_given_twice_is_made_once(tiny: Tiny, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kept", [0, 5, 100, -1])
 def test_a_truncated_file_is_named(tiny: Tiny, tmp_path: Path, kept: int) -> None:
-    store = EncodingStore(tmp_path, tiny())
+    store = PromptCacheStore(tmp_path, tiny())
     store.add(PROBLEMS)
     path = store.path(PROBLEMS[2])
     path.write_bytes(path.read_bytes()[:kept])
@@ -121,7 +121,7 @@ def test_a_killed_write_is_taken_for_nothing(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed before the rename: the next one makes it as if nothing had been."""
-    store = EncodingStore(tmp_path, tiny())
+    store = PromptCacheStore(tmp_path, tiny())
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -139,8 +139,8 @@ def test_another_dtype_or_model_has_another_folder(tiny: Tiny, tmp_path: Path) -
     with torch.no_grad():
         other.model.model.layers[0].mlp.up_proj.weight.mul_(1.1)
     models = (backbone, other, tiny(dtype="float32"), tiny(dtype="bfloat16"))
-    assert len({EncodingStore(tmp_path, model).folder for model in models}) == 4
-    assert EncodingStore(tmp_path, tiny()).folder == EncodingStore(tmp_path, backbone).folder
+    assert len({PromptCacheStore(tmp_path, model).folder for model in models}) == 4
+    assert PromptCacheStore(tmp_path, tiny()).folder == PromptCacheStore(tmp_path, backbone).folder
 
 
 def test_the_same_weights_with_another_rope_have_another_folder(
@@ -154,7 +154,7 @@ def test_the_same_weights_with_another_rope_have_another_folder(
         config["rope_parameters"]["rope_theta"] = theta
         (folder / "config.json").write_text(json.dumps(config))
         backbone = load_backbone(LlamaConfig(model=str(folder)), torch.device("cpu"), models)
-        folders.add(EncodingStore(tmp_path, backbone).folder)
+        folders.add(PromptCacheStore(tmp_path, backbone).folder)
     assert len(folders) == 2
 
 
@@ -162,8 +162,8 @@ def test_a_reader_reads_them_when_the_config_says_so(
     models: Path, tmp_path: Path, arc1: dict[str, Task]
 ) -> None:
     device = torch.device("cpu")
-    places = {"models": models, "encodings": tmp_path}
-    reader = open_reader(LlamaConfig(model="tiny-random", encodings=True), device, **places)
+    places = {"models": models, "prompt_cache": tmp_path}
+    reader = open_reader(LlamaConfig(model="tiny-random", prompt_cache=True), device, **places)
     assert isinstance(reader, Reader) and reader.store is not None
     prompts = [reader.prompt(arc1[name]) for name in ("25ff71a9", "d037b0a7")]
     live = reader.encode(prompts)
@@ -181,7 +181,7 @@ def test_smollm2_is_read_alike_from_disk(
 ) -> None:
     reader = Reader(smollm2)
     problems = [reader.prompt(arc1[name]).tokens for name in ("25ff71a9", "d037b0a7")]
-    store = EncodingStore(tmp_path, smollm2)
+    store = PromptCacheStore(tmp_path, smollm2)
     store.add(problems)
     found = read(smollm2, store.encode(problems))
     wanted = read(smollm2, smollm2.encode(problems))

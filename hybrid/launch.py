@@ -1,4 +1,4 @@
-"""Runs a job in this process or on a cluster, as `cluster.num_workers` says."""
+"""Launch a job in this process or on a Ray cluster, depending on `cluster.num_workers`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from hybrid import train as loops
 from hybrid.config import Config
 from hybrid.context import LocalContext
 from hybrid.device import compute_device, share_cores
-from hybrid.encode import Encoder, plan
 from hybrid.errors import Stopped
-from hybrid.evaluate import Outcome, local_solve_all
+from hybrid.evaluate import Outcome, predict_locally
+from hybrid.prompt_cache import cache_prompts_locally, plan, summary
 from hybrid.train import Joint, Pretraining, Result, check
 from hybrid.train.progress import watch
 from hybrid.train.stop import stoppable
@@ -37,7 +37,7 @@ def _train(config: Config, kind: str, sections: tuple[str, ...]) -> Result:
         result = _run(config, kind)
     if result.stopped:
         raise Stopped(
-            f"at step {result.step}: {storage.place(result.checkpoint)};"
+            f"at step {result.step}: {storage.uri(result.checkpoint)};"
             " the same command goes on from there"
         )
     return result
@@ -52,27 +52,22 @@ def _run(config: Config, kind: str) -> Result:
     return fit(config, kind)
 
 
-def encode(config: Config) -> str:
-    """Encode all problems of the dataset that are not there yet; says what was done."""
-    problems = plan(config)
+def cache_prompts(config: Config) -> str:
+    """Fill the prompt cache with the dataset's prompts; return a one-line summary."""
+    missing = plan(config)
     if config.cluster.num_workers:
-        from hybrid.cluster.encoder import ray_encode
+        from hybrid.cluster.prompt_cache import cache_prompts_on_ray
 
-        made = ray_encode(config, problems)
-    else:
-        share_cores(1)
-        encoder = Encoder(config, compute_device(config.cluster.use_gpu))
-        size = config.llama.batch_size
-        parts = [problems[first : first + size] for first in range(0, len(problems), size)]
-        made = sum(map(encoder.add, parts))
-    return f"{len(problems)} problems, {made} encoded now: {config.paths.encodings}"
+        return summary(config, missing, cache_prompts_on_ray(config, missing))
+    share_cores(1)
+    return summary(config, missing, cache_prompts_locally(config, missing))
 
 
 def evaluate(config: Config) -> Outcome:
     """Solve and score; rerunning the same config resumes it."""
     if config.cluster.num_workers == 0:
         share_cores(1)
-        return evaluation.evaluate(config, local_solve_all)
-    from hybrid.cluster.evaluator import ray_solve_all
+        return evaluation.evaluate(config, predict_locally)
+    from hybrid.cluster.evaluator import predict_on_ray
 
-    return evaluation.evaluate(config, ray_solve_all(config))
+    return evaluation.evaluate(config, predict_on_ray(config))

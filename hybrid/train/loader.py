@@ -17,21 +17,23 @@ from hybrid.device import to_device
 from hybrid.trm import IGNORE, Carry
 
 
-class Feed:
+class SlotLoader:
     """Rows by slot from an iterator of rounds.
 
     A slot that keeps its row falls behind the others: the rounds between the slowest and the
     fastest slot are held here, as uint8.
     """
 
-    def __init__(self, rounds: Iterator[Rows], first: int, taken: Tensor, sides: Tensor) -> None:
+    def __init__(
+        self, rounds: Iterator[Rows], first: int, rows_consumed: Tensor, sides: Tensor
+    ) -> None:
         """`sides` [slots]: canvas side of the rows that the slots hold, from the carry."""
         self.rounds = rounds
         self.sides = sides.to("cpu", copy=True)
         """Kept on the host, where a step splits its rows by side."""
         self.first = first
         """Number of the first round held."""
-        self.taken = taken
+        self.rows_consumed = rows_consumed
         """[slots] int64, advanced in place."""
         self.held: deque[Rows] = deque()
         self.waited = 0.0
@@ -59,14 +61,14 @@ class Feed:
     def _take(self, slots: list[int]) -> dict[str, Tensor]:
         picked = []
         for slot in slots:
-            number = int(self.taken[slot]) - self.first
+            number = int(self.rows_consumed[slot]) - self.first
             while number >= len(self.held):
                 started = time.perf_counter()
                 self.held.append(next(self.rounds))
                 self.waited += time.perf_counter() - started
             picked.append({name: rows[slot] for name, rows in self.held[number].items()})
-            self.taken[slot] += 1
-        oldest = int(self.taken.min())
+            self.rows_consumed[slot] += 1
+        oldest = int(self.rows_consumed.min())
         while self.first < oldest and self.held:
             self.held.popleft()
             self.first += 1

@@ -13,19 +13,24 @@ import torch
 from hybrid.config import Config
 from hybrid.context import RunContext
 from hybrid.dataset import Stream
-from hybrid.evaluate import Validation, exact
-from hybrid.train.learner import Learner
-from hybrid.train.runlog import RunLog, read_metrics
-from hybrid.train.step import Sums
+from hybrid.evaluate import Validation, exact_match
+from hybrid.train.module import TrainModule
+from hybrid.train.tracking import RunTracker, read_metrics
+from hybrid.train.update import Sums
 
 
-class Meter:
+class MetricsAggregator:
     """Sums metrics over steps and workers, writes them every `logging.every` steps and to save."""
 
     def __init__(
-        self, learner: Learner, stream: Stream, config: Config, context: RunContext, run: RunLog
+        self,
+        module: TrainModule,
+        stream: Stream,
+        config: Config,
+        context: RunContext,
+        run: RunTracker,
     ) -> None:
-        self.learner, self.state = learner, learner.state
+        self.module, self.state = module, module.state
         self.stream, self.config, self.context, self.run = stream, config, context, run
         self.latest: dict[str, Any] = {}
         self.waited = 0.0
@@ -52,8 +57,8 @@ class Meter:
     def _write(self) -> None:
         names = sorted(self.sums)
         packed = torch.stack([self.sums[name] for name in names])
-        taken = self.state.taken.sum().to(packed)
-        *values, rows = self.context.sum_(torch.cat((packed, taken[None]))).tolist()
+        rows_consumed = self.state.rows_consumed.sum().to(packed)
+        *values, rows = self.context.sum_(torch.cat((packed, rows_consumed[None]))).tolist()
         sums = dict(zip(names, values, strict=True))
         seconds = time.perf_counter() - self.since
         asked = self.steps * self.config.training.batch_size
@@ -78,20 +83,20 @@ class Meter:
             self.context.gauge({"step": self.state.step, **self.latest})
         self._restart()
 
-    def probe(self) -> None:
+    def measure_train_accuracy(self) -> None:
         """Exact accuracy of the averaged weights on original training pairs, by rank 0."""
-        count = self.config.training.probe_pairs
+        count = self.config.training.train_accuracy_pairs
         if self.context.rank or not count:
             return
         started = time.perf_counter()
-        with self.state.average.applied():
-            rows = self.learner.probe(self.stream, count)
-        right = exact(rows["said"].astype(np.uint8), rows["labels"])
+        with self.state.ema.applied():
+            rows = self.module.predict_training_pairs(self.stream, count)
+        right = exact_match(rows["said"].astype(np.uint8), rows["labels"])
         self.run.write(
             {
                 "step": self.state.step,
-                "probe/exact_accuracy": float(right.mean()),
-                "probe/pairs": len(right),
+                "train_accuracy/exact": float(right.mean()),
+                "train_accuracy/pairs": len(right),
             }
         )
         self.run.show(self.state.step, rows, right)
@@ -104,16 +109,16 @@ class Meter:
     def validate(self, checkpoint: Path) -> None:
         """Score a checkpoint on held-out tasks; of rank 0, the others wait."""
         started = time.perf_counter()
-        metrics = self.learner.validate(checkpoint).metrics()
+        metrics = self.module.validate(checkpoint).metrics()
         self.latest = {**self.latest, **metrics}
         self.run.write({"step": self.state.step, **metrics})
         self.context.gauge({"validation_right": metrics["validation/right"]})
         self.since += time.perf_counter() - started  # not training
 
 
-def probed(run_folder: Path) -> dict[int, float]:
+def train_accuracies(run_folder: Path) -> dict[int, float]:
     """Exact accuracy on training pairs by step, as metrics.jsonl has it."""
-    key = "probe/exact_accuracy"
+    key = "train_accuracy/exact"
     metrics = read_metrics(run_folder / "metrics.jsonl")
     return {m["step"]: m[key] for m in metrics if key in m}
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hybrid.dataset.stream import Rows
-from hybrid.train.feed import Feed
+from hybrid.train.loader import SlotLoader
 from hybrid.trm import IGNORE, Carry
 
 SLOTS = 4
@@ -60,13 +60,15 @@ def empty() -> dict[str, Tensor]:
     }
 
 
-def feed_of(rounds: Iterator[Rows], first: int = 0, taken: Tensor | None = None) -> Feed:
-    if taken is None:
-        taken = torch.zeros(SLOTS, dtype=torch.int64)
-    return Feed(rounds, first, taken, empty()["side"])
+def feed_of(
+    rounds: Iterator[Rows], first: int = 0, rows_consumed: Tensor | None = None
+) -> SlotLoader:
+    if rows_consumed is None:
+        rows_consumed = torch.zeros(SLOTS, dtype=torch.int64)
+    return SlotLoader(rounds, first, rows_consumed, empty()["side"])
 
 
-def refill(feed: Feed, current: dict[str, Tensor], halted: list[bool]) -> dict[str, Tensor]:
+def refill(feed: SlotLoader, current: dict[str, Tensor], halted: list[bool]) -> dict[str, Tensor]:
     return feed.refill(carry_of(current, halted), torch.tensor(halted))
 
 
@@ -80,12 +82,12 @@ def test_halted_slots_take_their_next_row_whatever_the_others_do(
     current, expected = empty(), [0] * SLOTS  # rows taken, by slot
     for step, halted in enumerate([[True] * SLOTS, *pattern]):
         if step == interruption:
-            first = int(feed.taken.min())
-            feed = Feed(Rounds(first), first, feed.taken.clone(), current["side"])
+            first = int(feed.rows_consumed.min())
+            feed = SlotLoader(Rounds(first), first, feed.rows_consumed.clone(), current["side"])
         before = {name: value.clone() for name, value in current.items()}
         batch = refill(feed, current, halted)
         expected = [n + h for n, h in zip(expected, halted, strict=True)]
-        assert feed.taken.tolist() == expected
+        assert feed.rows_consumed.tolist() == expected
         assert batch["inputs"].tolist() == [[slot, expected[slot] - 1] for slot in range(SLOTS)]
         assert batch["side"].tolist() == [(n - 1) % 7 for n in expected]
         for name, value in batch.items():
@@ -102,7 +104,7 @@ def test_no_more_rounds_are_held_than_slots_are_apart(pattern: Halting) -> None:
     current = empty()
     for halted in [[True] * SLOTS, *pattern]:
         current = refill(feed, current, halted)
-        fastest, slowest = int(feed.taken.max()), int(feed.taken.min())
+        fastest, slowest = int(feed.rows_consumed.max()), int(feed.rows_consumed.min())
         assert len(feed.held) == fastest - slowest
         assert rounds.next == fastest, "rounds were made that nobody has asked for"
 

@@ -1,4 +1,4 @@
-"""One optimiser step of the TRM."""
+"""Steps of an optimiser: micro-batches, the finite check, the update of weights, table and EMA."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from hybrid.config import TrainingConfig
 from hybrid.context import RunContext
-from hybrid.dataset.stream import TOKENS, numbers_by_side
+from hybrid.dataset.stream import TOKENS, row_numbers_by_canvas
 from hybrid.device import to_device
 from hybrid.train.state import TrainState
-from hybrid.trm import Batch, act_loss, learning_rate, sign_sgd_
+from hybrid.trm import Batch, learning_rate, sign_sgd_
 from hybrid.trm.model import Slots
 
 Sums = dict[str, Tensor]
@@ -22,52 +22,6 @@ Sums = dict[str, Tensor]
 
 class Diverged(RuntimeError):
     """The loss or a gradient is not finite; raised before any weight has moved."""
-
-
-def train_step(
-    state: TrainState, batch: Batch, config: TrainingConfig, total_steps: int, context: RunContext
-) -> Sums:
-    """Advance the TRM by one step; returns this worker's sums for metrics.
-
-    `batch` is what `Feed.refill` returns: new rows for the slots that have halted, and the canvas
-    side of every slot. Canvases of different sides, and micro-batches of `micro_batch_size` rows,
-    go through the model one after the other; gradients add up. The order is the published one:
-    count, forward, backward, puzzle table, weights, average. The loss is summed over rows and
-    divided by the *global* batch, gradients are summed over workers.
-    """
-    state.step += 1
-    state.model.train()
-    clear_gradients(state)
-    draws = exploration(config.seed, state.step, config.batch_size, state.slots)
-    explore, least = to_device(draws, context.device)
-    ids = torch.zeros_like(batch["puzzle_identifiers"])
-    row_grads = torch.zeros(len(ids), state.trm.config.puzzle_emb_ndim, device=context.device)
-    loss = torch.zeros((), dtype=torch.float64, device=context.device)
-    sums: Sums = {}
-    parts = []
-    for _, slots, rows in micro_batches(batch, config.micro_batch_size):
-        carry, outputs = state.trm.act_step(
-            state.carry.take(slots, rows["inputs"].shape[1]),
-            rows,
-            exploration=(explore[slots], least[slots]),
-        )
-        part, counted = act_loss(
-            outputs.logits, outputs.q_halt, carry.current["labels"], carry.steps, carry.halted
-        )
-        torch.autograd.backward(part / config.batch_size)
-        loss += part.detach()
-        add_up(sums, counted)
-        ids[slots] = carry.current["puzzle_identifiers"]
-        if outputs.puzzle_rows is not None and outputs.puzzle_rows.grad is not None:
-            row_grads[slots] = outputs.puzzle_rows.grad
-        parts.append((slots, carry))
-    after = state.carry.put(parts)
-    # Enqueued before the read in `move`, which thereby waits for both.
-    halted = after.halted.to("cpu", non_blocking=True)
-    rates = dict.fromkeys(state.optimizer.parameters, config.lr)
-    move(state, loss, ids, row_grads, rates, config, total_steps, context)
-    state.carry, state.halted = after, halted
-    return sums
 
 
 def micro_batches(
@@ -80,7 +34,7 @@ def micro_batches(
     where numbers are consecutive, which makes the rows views.
     """
     device = batch["inputs"].device
-    for side, numbers in numbers_by_side(batch["side"].tolist()).items():
+    for side, numbers in row_numbers_by_canvas(batch["side"].tolist()).items():
         size = most or len(numbers)
         for first in range(0, len(numbers), size):
             mine = numbers[first : first + size]
@@ -154,9 +108,9 @@ def move(
         lr=rate(config.puzzle_lr),
         weight_decay=config.puzzle_weight_decay,
     )
-    frozen = state.step <= config.freeze_trunk * total_steps
+    frozen = state.step <= config.freeze_weights_fraction * total_steps
     state.optimizer.step({name: 0.0 if frozen else rate(base) for name, base in rates.items()})
-    state.average.update()
+    state.ema.update()
 
 
 def exploration(seed: int, step: int, batch_size: int, slots: range) -> Tensor:

@@ -9,14 +9,14 @@ import pytest
 from helpers import config_of
 
 from hybrid.dataset import Dataset, prepare
-from hybrid.encode import plan
 from hybrid.errors import UserError
 from hybrid.llm.prompt import format_problem_text
+from hybrid.prompt_cache import plan
 
 
 def test_problems_are_encoded_by_size_and_all_of_them(tmp_path: Path) -> None:
     data = {"training": [], "evaluation": ["arc1-evaluation"], "variants": 1, "max_side": 9}
-    config = config_of(tmp_path, data=data, llama={"encodings": True}, training={"variants": 2})
+    config = config_of(tmp_path, data=data, llama={"prompt_cache": True}, training={"variants": 2})
     prepare(config.data, config.data_folder, say=lambda line: None)
     dataset, found = Dataset.open(config.data_folder), plan(config)
     assert sorted(found) == sorted(dataset.problems(2)) and len(found) > 20
@@ -35,5 +35,5 @@ def test_problems_are_encoded_by_size_and_all_of_them(tmp_path: Path) -> None:
 
 
 def test_no_plan_where_nobody_would_read_it(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"llama\.encodings is false"):
+    with pytest.raises(UserError, match=r"llama\.prompt_cache is false"):
         plan(config_of(tmp_path))

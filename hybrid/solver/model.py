@@ -24,16 +24,16 @@ from torch import Tensor, nn
 
 from hybrid.adapters import AdapterConfig, LatentToTextAdapter, TextToLatentAdapter
 from hybrid.arc import FIRST_COLOUR, PAD, Grid, halt_confidence, tokens_to_grid
-from hybrid.solver.feedback import MOST_CELLS, Judge, Seen, Verdict
+from hybrid.solver.feedback import MOST_CELLS, AttemptResult, Feedback, FeedbackSource
 from hybrid.trm import TRM, Batch, Outputs
 
 if TYPE_CHECKING:
-    from hybrid.llm.backbone import Encoding
+    from hybrid.llm.backbone import PromptCache
     from hybrid.llm.reader import Reader
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
+class AttemptState:
     """Rows in the middle of their attempts, [n, ...] each."""
 
     numbers: Tensor
@@ -43,14 +43,14 @@ class Rows:
     puzzle_rows: Tensor
     """Of *all* rows that the loop began with: picked anew by every attempt, because what is picked
     once is freed by the backward of its window."""
-    encoding: Encoding | None
+    encoding: PromptCache | None
     """The problems; None where nobody reads."""
     z_H: Tensor
     z_L: Tensor
     histories: tuple[tuple[str, ...], ...]
     """Lines said of the attempts so far."""
 
-    def detach(self) -> Rows:
+    def detach(self) -> AttemptState:
         """Without the graph that made them; of a language model in training also the problems'."""
         encoding = self.encoding
         if encoding:
@@ -58,12 +58,12 @@ class Rows:
             encoding = replace(encoding, layers=layers)
         return replace(self, z_H=self.z_H.detach(), z_L=self.z_L.detach(), encoding=encoding)
 
-    def take(self, kept: Sequence[int]) -> Rows:
+    def take(self, kept: Sequence[int]) -> AttemptState:
         """Some of them."""
         if len(kept) == len(self.histories):
             return self
         index = torch.tensor(kept, dtype=torch.long, device=self.z_H.device)
-        return Rows(
+        return AttemptState(
             numbers=self.numbers[index],
             current={name: value[index] for name, value in self.current.items()},
             puzzle_rows=self.puzzle_rows,
@@ -94,19 +94,19 @@ class Attempt:
 
     number: int
     """1, 2, ..."""
-    rows: Rows
+    rows: AttemptState
     """As the attempt left them."""
     outputs: Outputs
     reading: Reading
-    seen: list[Seen]
-    verdicts: list[Verdict]
+    seen: list[AttemptResult]
+    feedbacks: list[Feedback]
     ended: Tensor
     """[n] bool: the rows that make no attempt after this one."""
     cut: bool
     """The graph ends here: whoever wants gradients calls backward before going on."""
 
 
-class HybridSolver(nn.Module):
+class HybridModel(nn.Module):
     """TRM and adapters, which are trained, around a reader, which is not part of the module."""
 
     def __init__(
@@ -131,18 +131,20 @@ class HybridSolver(nn.Module):
             if not llm.config.frozen:
                 self.llama = llm.model.model
 
-    def train(self, mode: bool = True) -> HybridSolver:
+    def train(self, mode: bool = True) -> HybridModel:
         """The language model stays as it is for inference: dropout would break its caches."""
         super().train(mode)
         if self.reader:
             self.reader.backbone.model.eval()
         return self
 
-    def begin(self, batch: Batch, puzzle_rows: Tensor, encoding: Encoding | None) -> Rows:
+    def begin(
+        self, batch: Batch, puzzle_rows: Tensor, encoding: PromptCache | None
+    ) -> AttemptState:
         """Rows before their first attempt. `encoding` of the same rows, None without a reader."""
         count = len(batch["inputs"])
         z_H, z_L = self.trm.fresh_states(batch["inputs"])
-        return Rows(
+        return AttemptState(
             numbers=torch.arange(count, device=z_H.device),
             current=dict(batch),
             puzzle_rows=puzzle_rows,
@@ -152,7 +154,9 @@ class HybridSolver(nn.Module):
             histories=((),) * count,
         )
 
-    def attempt(self, rows: Rows, *, recompute: bool = True) -> tuple[Rows, Outputs, Reading]:
+    def attempt(
+        self, rows: AttemptState, *, recompute: bool = True
+    ) -> tuple[AttemptState, Outputs, Reading]:
         """One attempt: read, inject, think."""
         delta: Mapping[str, Tensor] = {}
         count = len(rows.histories)
@@ -172,7 +176,7 @@ class HybridSolver(nn.Module):
         z_L = rows.z_L + delta["z_L"] if "z_L" in delta else rows.z_L
         puzzle_rows = rows.puzzle_rows[rows.numbers]
         for _ in range(self.act_steps):
-            z_H, z_L, outputs = self.trm.think(
+            z_H, z_L, outputs = self.trm.recurse(
                 rows.current,
                 z_H,
                 z_L,
@@ -191,9 +195,9 @@ class HybridSolver(nn.Module):
 
 
 def attempts(
-    solver: HybridSolver,
-    rows: Rows,
-    judge: Judge,
+    solver: HybridModel,
+    rows: AttemptState,
+    judge: FeedbackSource,
     *,
     most: int,
     history: int,
@@ -208,12 +212,12 @@ def attempts(
     """
     for number in range(1, most + 1):
         rows, outputs, reading = solver.attempt(rows, recompute=recompute)
-        seen = look(rows, outputs)
-        verdicts = judge(number, seen)
+        seen = read_predictions(rows, outputs)
+        feedbacks = judge(number, seen)
         going = [
             n
-            for n, (one, verdict) in enumerate(zip(seen, verdicts, strict=True))
-            if not verdict.stop or (least is not None and number < least[one.row])
+            for n, (one, feedback) in enumerate(zip(seen, feedbacks, strict=True))
+            if not feedback.stop or (least is not None and number < least[one.row])
         ]
         last = number == most or not going
         cut = last or (bptt is not None and number % bptt == 0)
@@ -223,7 +227,7 @@ def attempts(
             outputs=outputs,
             reading=reading,
             seen=seen,
-            verdicts=verdicts,
+            feedbacks=feedbacks,
             ended=_ended(len(seen), () if last else going, rows.numbers.device),
             cut=cut,
         )
@@ -232,13 +236,13 @@ def attempts(
         if cut:
             rows = rows.detach()
         said = [
-            tuple(line for line in (*lines, verdict.text) if line)[-history:] if history else ()
-            for lines, verdict in zip(rows.histories, verdicts, strict=True)
+            tuple(line for line in (*lines, feedback.text) if line)[-history:] if history else ()
+            for lines, feedback in zip(rows.histories, feedbacks, strict=True)
         ]
         rows = replace(rows, histories=tuple(said)).take(going)
 
 
-def look(rows: Rows, outputs: Outputs) -> list[Seen]:
+def read_predictions(rows: AttemptState, outputs: Outputs) -> list[AttemptResult]:
     """Tokens, grids, confidences and least sure cells."""
     with torch.no_grad():
         top = outputs.logits.topk(2, dim=-1)
@@ -269,19 +273,19 @@ def _seen(
     margins: npt.NDArray[np.float32],
     inputs: npt.NDArray[np.uint8],
     confidence: float,
-) -> Seen:
+) -> AttemptResult:
     grid, (top, left) = read_out(tokens, inputs)
     side = isqrt(len(tokens))
     height, width = grid.shape
     inside = margins.reshape(side, side)[top : top + height, left : left + width]
     order = np.argsort(inside, axis=None, kind="stable")[:MOST_CELLS]
     places = [divmod(int(n), width) for n in order]
-    return Seen(
+    return AttemptResult(
         row=number,
         tokens=tokens,
         grid=grid,
         confidence=confidence,
-        doubts=tuple((r, c, int(grid[r, c])) for r, c in places),
+        least_confident=tuple((r, c, int(grid[r, c])) for r, c in places),
     )
 
 

@@ -16,19 +16,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hybrid.arc import Augmentation, Grid, Pair, Task, encode_grid, grid_to_string
+from hybrid.arc import Augmentation, Grid, Pair, Task, grid_to_string, tokenize_grid
 from hybrid.checkpoint import Checkpoint
 from hybrid.config import Config, from_dict
 from hybrid.device import fuse
 from hybrid.errors import UserError
-from hybrid.evaluate.solve import Prediction, PuzzleTable, Question, ballot, load_averaged
+from hybrid.evaluate.questions import Question
+from hybrid.evaluate.trm_predictor import Prediction, PuzzleTable, load_averaged, tally_votes
 from hybrid.llm import Prompt, Reader, open_reader
 from hybrid.solver import (
     Confidence,
     Demos,
-    HybridSolver,
-    Judge,
-    Nothing,
+    FeedbackSource,
+    HybridModel,
+    NoFeedback,
     Oracle,
     Vote,
     attempts,
@@ -40,7 +41,7 @@ CURVE_CANDIDATES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Turn:
+class AttemptRecord:
     """One attempt at one row."""
 
     tokens: npt.NDArray[np.uint8]
@@ -56,16 +57,16 @@ class Turn:
 
 
 @torch.no_grad()
-def play(
-    solver: HybridSolver,
+def run_attempts(
+    solver: HybridModel,
     inputs: npt.NDArray[np.uint8],
     puzzle_rows: Tensor,
     prompts: Sequence[Prompt] | None,
-    judge: Judge,
+    judge: FeedbackSource,
     *,
     most: int,
     history: int,
-) -> list[list[Turn]]:
+) -> list[list[AttemptRecord]]:
     """Up to `most` attempts at token rows [n, L], per row; `prompts` of them if somebody reads."""
     device = solver.trm.H_init.device
     batch = {"inputs": torch.from_numpy(inputs).int().to(device)}
@@ -73,29 +74,29 @@ def play(
     if prompts and solver.to_latent is not None:
         assert solver.reader is not None
         encoding = solver.reader.encode(prompts)
-        costs = solver.reader.encoding_costs(prompts)
-    turns: list[list[Turn]] = [[] for _ in inputs]
+        costs = solver.reader.caching_costs(prompts)
+    turns: list[list[AttemptRecord]] = [[] for _ in inputs]
     begun = solver.begin(batch, puzzle_rows.to(device), encoding)
     for attempt in attempts(solver, begun, judge, most=most, history=history):
         reading = attempt.reading
-        for n, (seen, verdict) in enumerate(zip(attempt.seen, attempt.verdicts, strict=True)):
+        for n, (seen, feedback) in enumerate(zip(attempt.seen, attempt.feedbacks, strict=True)):
             before = costs[seen.row] if attempt.number == 1 else 0
             turns[seen.row].append(
-                Turn(
+                AttemptRecord(
                     tokens=seen.tokens,
                     grid=seen.grid,
                     confidence=seen.confidence,
-                    feedback=verdict.text,
+                    feedback=feedback.text,
                     reasoning=reading.reasoning[n],
                     llm_tokens=before + reading.llm_tokens[n],
-                    stopped=verdict.stop,
+                    stopped=feedback.stop,
                 )
             )
     return turns
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class QuestionRow:
     """One row of a question."""
 
     view: int
@@ -104,7 +105,7 @@ class Asked:
     """Number of the test input; None asks the held-out demonstration."""
 
 
-class HybridAnswerer:
+class HybridPredictor:
     """A trained hybrid: averaged weights in memory, puzzle table on disk, its language model."""
 
     def __init__(
@@ -126,7 +127,7 @@ class HybridAnswerer:
             reader = _reader(checkpoint, config, trained, device)
         trm = TRM(replace(TRMConfig(**checkpoint.state["trm"]), num_puzzle_identifiers=1))
         steps = trained.training.act_steps
-        self.solver = HybridSolver(trm, reader, adapter, act_steps=steps, seed=0)
+        self.solver = HybridModel(trm, reader, adapter, act_steps=steps, seed=0)
         load_averaged(self.solver, checkpoint, only="" if reader else "trm.")
         self.solver.to(device).eval()
         fuse(trm, config.cluster.compiles)
@@ -142,14 +143,14 @@ class HybridAnswerer:
         size = max(1, self.config.evaluation.batch_size // per_view)
         if self.config.feedback.source == "vote":
             size = len(views)  # they look at each other
-        turns: dict[Asked, list[Turn]] = {}
+        turns: dict[QuestionRow, list[AttemptRecord]] = {}
         for first in range(0, len(views), size):
             asked = [
-                Asked(view=view, test=test)
+                QuestionRow(view=view, test=test)
                 for view in views[first : first + size]
                 for test in (*tests, *((None,) if held_out else ()))
             ]
-            turns |= self._play(question, asked, self._judge(question, asked), self.most)
+            turns |= self._run_attempts(question, asked, self._judge(question, asked), self.most)
         prediction: Prediction = {
             "task": question.task.id,
             "oracle": question.answers is not None,
@@ -162,14 +163,14 @@ class HybridAnswerer:
             self._baseline(question, turns, prediction)
         return prediction
 
-    def _play(
-        self, question: Question, asked: Sequence[Asked], judge: Judge, most: int
-    ) -> dict[Asked, list[Turn]]:
+    def _run_attempts(
+        self, question: Question, asked: Sequence[QuestionRow], judge: FeedbackSource, most: int
+    ) -> dict[QuestionRow, list[AttemptRecord]]:
         table = self.table.rows(question, len(question.views) + len(question.spare_views))
         reader = self.solver.reader
-        played = play(
+        played = run_attempts(
             self.solver,
-            np.stack([encode_grid(_input(question, one), question.side) for one in asked]),
+            np.stack([tokenize_grid(_input(question, one), question.side) for one in asked]),
             table[[one.view for one in asked]],
             [reader.prompt(_problem(question, one)) for one in asked] if reader else None,
             judge,
@@ -178,7 +179,7 @@ class HybridAnswerer:
         )
         return dict(zip(asked, played, strict=True))
 
-    def _spent(self, turns: dict[Asked, list[Turn]]) -> dict[str, int]:
+    def _spent(self, turns: dict[QuestionRow, list[AttemptRecord]]) -> dict[str, int]:
         made = [turn for row in turns.values() for turn in row]
         return {
             "rows": len(turns),
@@ -188,7 +189,10 @@ class HybridAnswerer:
         }
 
     def _baseline(
-        self, question: Question, turns: dict[Asked, list[Turn]], prediction: Prediction
+        self,
+        question: Question,
+        turns: dict[QuestionRow, list[AttemptRecord]],
+        prediction: Prediction,
     ) -> None:
         """As many attempts as were used, one a view, on as many views as there are.
 
@@ -202,8 +206,8 @@ class HybridAnswerer:
         size = max(1, self.config.evaluation.batch_size // len(tests))
         for first in range(len(question.views), there, size):
             views = range(first, min(first + size, there))
-            asked = [Asked(view=view, test=test) for view in views for test in tests]
-            alone |= self._play(question, asked, Nothing(), 1)
+            asked = [QuestionRow(view=view, test=test) for view in views for test in tests]
+            alone |= self._run_attempts(question, asked, NoFeedback(), 1)
         for test, found in zip(tests, prediction["tests"], strict=True):
             counted = _count(question, test, alone, 1)
             found["baseline"] = {
@@ -213,7 +217,7 @@ class HybridAnswerer:
             }
         prediction["baseline_spent"] = self._spent(alone)
 
-    def _judge(self, question: Question, asked: Sequence[Asked]) -> Judge:
+    def _judge(self, question: Question, asked: Sequence[QuestionRow]) -> FeedbackSource:
         feedback = self.config.feedback
         if feedback.source == "confidence":
             return Confidence(feedback)
@@ -232,10 +236,10 @@ class HybridAnswerer:
                 for view, one in zip(views, asked, strict=True)
             ]
             return Oracle(feedback, answers)
-        return Nothing()
+        return NoFeedback()
 
     def _test(
-        self, question: Question, test: int, turns: dict[Asked, list[Turn]]
+        self, question: Question, test: int, turns: dict[QuestionRow, list[AttemptRecord]]
     ) -> dict[str, Any]:
         curve = [_count(question, test, turns, number) for number in range(1, self.most + 1)]
         view = question.views[0]
@@ -250,7 +254,7 @@ class HybridAnswerer:
                     "reasoning": turn.reasoning,
                     "stopped": turn.stopped,
                 }
-                for turn in turns[Asked(view=0, test=test)]
+                for turn in turns[QuestionRow(view=0, test=test)]
             ],
         }
 
@@ -259,7 +263,7 @@ class HybridAnswerer:
         if not self.solver.reader:
             return None
         prompts = [
-            self.solver.reader.prompt(_problem(question, Asked(view=0, test=test)))
+            self.solver.reader.prompt(_problem(question, QuestionRow(view=0, test=test)))
             for test in range(len(question.task.test))
         ]
         return {
@@ -282,19 +286,19 @@ def _reader(
             dtype=here.dtype,
             batch_size=here.batch_size,
             max_new_tokens=here.max_new_tokens,
-            encodings=here.encodings,
+            prompt_cache=here.prompt_cache,
         )
     except ValueError as error:
         raise UserError(f"llama.{error}, as {checkpoint.folder} was trained") from None
     reader = open_reader(
-        llama, device, models=config.models_folder, encodings=config.encodings_folder
+        llama, device, models=config.models_folder, prompt_cache=config.prompt_cache_folder
     )
     known = checkpoint.state["llama"]
     if trained.llama.frozen:
         same = known["fingerprint"] == reader.backbone.fingerprint()
     else:  # its weights are in the checkpoint, and need a place
         decoder = reader.backbone.model.model.named_parameters(prefix="llama")
-        kept = checkpoint.tensors("average")
+        kept = checkpoint.tensors("ema")
         shapes = {name: value.shape for name, value in kept.items() if name.startswith("llama.")}
         same = shapes == {name: value.shape for name, value in decoder}
     if not same:
@@ -305,14 +309,14 @@ def _reader(
     return reader
 
 
-def _input(question: Question, one: Asked) -> Grid:
+def _input(question: Question, one: QuestionRow) -> Grid:
     """The input grid of a row, in its view."""
     pair = question.held_out if one.test is None else question.task.test[one.test]
     assert pair is not None
     return _view(question, one).apply(pair.input)
 
 
-def _problem(question: Question, one: Asked) -> Task:
+def _problem(question: Question, one: QuestionRow) -> Task:
     """What the language model is shown of a row; in the ablation another task's problem."""
     shown, view = question.task, _view(question, one)
     asked = question.held_out if one.test is None else shown.test[one.test]
@@ -324,12 +328,12 @@ def _problem(question: Question, one: Asked) -> Task:
     return replace(view, task=shown.id).apply_task(problem)
 
 
-def _view(question: Question, one: Asked) -> Augmentation:
+def _view(question: Question, one: QuestionRow) -> Augmentation:
     return (question.views + question.spare_views)[one.view]
 
 
 def _count(
-    question: Question, test: int, turns: dict[Asked, list[Turn]], number: int
+    question: Question, test: int, turns: dict[QuestionRow, list[AttemptRecord]], number: int
 ) -> dict[str, Any]:
     """The vote on a test after attempt `number`; rows that had stopped vote with their last."""
     grids, confidences = [], []
@@ -338,4 +342,4 @@ def _count(
             turn = made[min(number, len(made)) - 1]
             grids.append(_view(question, one).invert(turn.grid))
             confidences.append(turn.confidence)
-    return ballot(grids, confidences)
+    return tally_votes(grids, confidences)

@@ -33,7 +33,7 @@ COLOURS = "000000 0074d9 ff4136 2ecc40 ffdc00 aaaaaa f012be ff851b 7fdbff 870c25
 Metrics = Mapping[str, float | int | str]
 
 
-class RunLog:
+class RunTracker:
     """Rank 0 writes metrics and W&B, every rank its log file. Use as a context manager."""
 
     def __init__(self, config: Config, *, project: str, rank: int, resumed_at: int | None) -> None:
@@ -42,12 +42,12 @@ class RunLog:
         try:
             self._open(config, folder, project, rank, resumed_at)
         except OSError as error:
-            raise UserError(f"{storage.place(folder)}: cannot be written to ({error})") from error
+            raise UserError(f"{storage.uri(folder)}: cannot be written to ({error})") from error
 
     def _open(
         self, config: Config, folder: Path, project: str, rank: int, resumed_at: int | None
     ) -> None:
-        storage.obtain(folder / f"train_{rank}.log")
+        storage.download(folder / f"train_{rank}.log")
         self._files = [folder / f"train_{rank}.log"]
         self._handler = logging.FileHandler(folder / f"train_{rank}.log")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -57,14 +57,14 @@ class RunLog:
         self._metrics = None
         self._wandb: Any = None
         if rank == 0:
-            storage.obtain(folder / "metrics.jsonl")
+            storage.download(folder / "metrics.jsonl")
             forget_after(folder / "metrics.jsonl", -1 if resumed_at is None else resumed_at)
             self._files.append(folder / "metrics.jsonl")
             self._metrics = (folder / "metrics.jsonl").open("a")
             if config.logging.wandb:
                 self._wandb = _start_wandb(config, project)
 
-    def __enter__(self) -> RunLog:
+    def __enter__(self) -> RunTracker:
         return self
 
     def __exit__(
@@ -83,13 +83,13 @@ class RunLog:
         self._logger.removeHandler(self._handler)
         self._logger.setLevel(logging.NOTSET)
         self._handler.close()
-        self.publish()
+        self.upload()
 
-    def publish(self) -> None:
+    def upload(self) -> None:
         """Send the files to where the run folder is, if that is a store."""
         try:
             for path in self._files:
-                storage.publish(path)
+                storage.upload(path)
         except UserError as error:  # a checkpoint that cannot be sent ends a run, not this
             log.warning("%s", error)
 

@@ -61,13 +61,13 @@ def read_trial(run_folder: Path) -> Trial | None:
         note = json.loads(data)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{storage.place(run_folder / NOTE)}: cannot be read ({error}); delete its folder"
+            f"{storage.uri(run_folder / NOTE)}: cannot be read ({error}); delete its folder"
         ) from error
     curve = validated(parse_metrics(storage.read(run_folder / "metrics.jsonl") or b""))
     return Trial(name=run_folder.name, curve=curve, **note)
 
 
-def note_trial(
+def write_trial(
     run_folder: Path, values: Mapping[str, Any], status: Status, seconds: float, error: str = ""
 ) -> None:
     """Write down how a trial stands."""
@@ -76,14 +76,14 @@ def note_trial(
     partial = run_folder / f".{NOTE}.tmp"
     partial.write_text(json.dumps(note) + "\n")
     os.replace(partial, run_folder / NOTE)
-    storage.publish(run_folder / NOTE)
+    storage.upload(run_folder / NOTE)
 
 
-def note_reason(run_folder: Path, reason: str) -> None:
+def write_reason(run_folder: Path, reason: str) -> None:
     """Write down, from within a trial, what went wrong; "" forgets what an earlier one said."""
     make_folder(run_folder)
     (run_folder / REASON).write_text(reason)
-    storage.publish(run_folder / REASON)
+    storage.upload(run_folder / REASON)
 
 
 def read_reason(run_folder: Path) -> str:
@@ -104,7 +104,7 @@ def ranked(trials: Sequence[Trial]) -> list[Trial]:
     return sorted(trials, key=key)
 
 
-def say_trial(trial: Trial) -> str:
+def format_trial(trial: Trial) -> str:
     """Its values and its newest score, in a line."""
     values = " ".join(f"{key}={_short(value)}" for key, value in trial.values.items())
     score = "no score yet"
@@ -169,7 +169,7 @@ def write_results(path: Path, trials: Sequence[Trial], axes: Sequence[Axis]) -> 
     partial = path.with_name(f".{path.name}.tmp")
     pq.write_table(table, partial)
     os.replace(partial, path)
-    storage.publish(path)
+    storage.upload(path)
 
 
 def best_yaml(config: Config, trials: Sequence[Trial]) -> str:

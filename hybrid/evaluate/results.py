@@ -13,12 +13,12 @@ from hybrid.arc import Grid, Rate, Scores, Task, grid_hash, pair_hash, score, st
 from hybrid.checkpoint import Checkpoint
 from hybrid.config import Config
 from hybrid.dataset import Dataset
-from hybrid.evaluate.solve import Prediction
+from hybrid.evaluate.trm_predictor import Prediction
 
 COVERAGE = (1, 2, 5, 10, 100, 1000)
 
 
-def merge(
+def score_predictions(
     config: Config,
     dataset: Dataset,
     checkpoint: Checkpoint,
@@ -142,7 +142,7 @@ def protocol(
         ),
         "asked": key["asked"],
         "test outputs asked": key["test outputs asked"],
-        "training data": verdict(tasks, checkpoint.trained_on),
+        "training data": contamination_statement(tasks, checkpoint.trained_on),
         "puzzle ids": _puzzle_ids(config, same),
         "attempts scored": "2 a test output",
         "views voting": views if fewest == views else f"{fewest} to {views}",
@@ -152,7 +152,7 @@ def protocol(
         **(_hybrid_protocol(config, checkpoint, answered) if hybrid else {}),
         "weights": "moving average",
         "computed on": "a GPU" if config.cluster.use_gpu else "CPUs",
-        "checkpoint": storage.place(checkpoint.folder),
+        "checkpoint": storage.uri(checkpoint.folder),
         "checkpoint digest": checkpoint.digest[:16],
         "dataset fingerprint": key["dataset fingerprint"],
     }
@@ -195,7 +195,7 @@ def _hybrid_protocol(
     }
 
 
-def verdict(tasks: Sequence[Task], trained_on: Sequence[str]) -> str:
+def contamination_statement(tasks: Sequence[Task], trained_on: Sequence[str]) -> str:
     """Whether the model has seen the tasks' demonstrations, or worse, their tests."""
     pairs = set(trained_on)
     inputs = {pair.split("|")[0] for pair in pairs}
@@ -241,7 +241,7 @@ def _describe_self_correction(results: Mapping[str, Any]) -> list[str]:
             f"the same attempts spent on voting ({base['views']} of {base['wanted']} views there):"
             f" pass@2 test outputs {_line(base['pass@2']['outputs'])}"
         )
-    for other in results.get("beside", ()):
+    for other in results.get("compare_to", ()):
         if "scores" in other:
             mark = ", ORACLE" if other["oracle"] else ""
             line = _line(other["scores"]["pass@2"]["outputs"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,53 +15,25 @@ from torch import Tensor, nn
 
 from hybrid.arc import (
     PAD,
-    Augmentation,
     Grid,
-    Pair,
-    Task,
-    encode_grid,
     grid_to_string,
     halt_confidence,
+    tokenize_grid,
     tokens_to_grid,
     vote,
 )
 from hybrid.checkpoint import Checkpoint
 from hybrid.config import EvaluationConfig
-from hybrid.dataset.stream import Rows, by_side
+from hybrid.dataset.stream import Rows, split_by_canvas
 from hybrid.device import fuse
+from hybrid.evaluate.questions import Question
 from hybrid.trm import TRM, TRMConfig
 
 Prediction = dict[str, Any]
 """What is known of a task after solving it; plain values, written as predictions/{task}.json."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """All that a solver is told about a task: there is no answer in it to read.
-
-    Unless `oracle` is what was asked for: then, and only then, `answers` holds them.
-    """
-
-    task: Task
-    """Its demonstrations are those that may be shown."""
-    side: int
-    """Of the canvas it is asked on."""
-    views: tuple[Augmentation, ...]
-    identifiers: range
-    """Puzzle identifiers of the views and the spares; empty: use the blank one."""
-    spare_views: tuple[Augmentation, ...] = ()
-    """Further views, on which the voting baseline spends what self-correction cost."""
-    held_out: Pair | None = None
-    """A demonstration that was kept out of training and is not in `task`."""
-    read_instead: Task | None = None
-    """Another task, whose text is read in place of this one's."""
-    answers: tuple[Grid, ...] | None = None
-
-    def __post_init__(self) -> None:
-        assert all(pair.output is None for pair in self.task.test), "an answer in a question"
-
-
-class Solver:
+class TRMPredictor:
     """A trained TRM, its averaged weights in memory, its puzzle table on disk."""
 
     def __init__(
@@ -85,7 +57,11 @@ class Solver:
         started = time.perf_counter()
         tests, views = question.task.test, question.views
         inputs = np.stack(
-            [encode_grid(view.apply(test.input), question.side) for test in tests for view in views]
+            [
+                tokenize_grid(view.apply(test.input), question.side)
+                for test in tests
+                for view in views
+            ]
         )
         rows = self.table.rows(question, len(views)).repeat(len(tests), 1)
         different, number = inputs, np.arange(len(inputs))
@@ -103,7 +79,7 @@ class Solver:
                 view.invert(tokens_to_grid(row))
                 for view, row in zip(views, tokens[mine], strict=True)
             ]
-            found.append(ballot(grids, confidences[mine].tolist()))
+            found.append(tally_votes(grids, confidences[mine].tolist()))
         seconds = time.perf_counter() - started
         spent = {
             "rows": len(different),
@@ -137,14 +113,14 @@ def load_averaged(model: nn.Module, checkpoint: Checkpoint, only: str = "") -> N
 
     `only`: the tensors whose names begin so.
     """
-    tensors = checkpoint.tensors("model") | checkpoint.tensors("average")
+    tensors = checkpoint.tensors("model") | checkpoint.tensors("ema")
     tensors = {name: value for name, value in tensors.items() if name.startswith(only)}
     missing, unknown = model.load_state_dict(tensors, strict=False)
     assert all(name.endswith("puzzle_table") for name in missing), missing
     assert not unknown, unknown
 
 
-def ballot(grids: Sequence[Grid], confidences: Sequence[float]) -> dict[str, Any]:
+def tally_votes(grids: Sequence[Grid], confidences: Sequence[float]) -> dict[str, Any]:
     """The views' vote on a test input, as plain values."""
     return {
         "candidates": [
@@ -207,7 +183,7 @@ def predict(
     return tokens, halt_logits, spent
 
 
-def said_to(model: TRM, rows: Rows, batch_size: int) -> npt.NDArray[np.uint8]:
+def predict_rows(model: TRM, rows: Rows, batch_size: int) -> npt.NDArray[np.uint8]:
     """Tokens [n, L] that the model answers rows with."""
     was_training = model.training
     model.eval()
@@ -215,14 +191,14 @@ def said_to(model: TRM, rows: Rows, batch_size: int) -> npt.NDArray[np.uint8]:
     puzzle_rows = model.puzzle_table[identifiers.to(model.puzzle_table.device)]
     config = EvaluationConfig(batch_size=batch_size)
     said = np.full(rows["inputs"].shape, PAD, np.uint8)
-    for mine, part in by_side(rows):
+    for mine, part in split_by_canvas(rows):
         tokens, _, _ = predict(model, part["inputs"], puzzle_rows[mine], config)
         said[mine, : tokens.shape[1]] = tokens
     model.train(was_training)
     return said
 
 
-def exact(said: npt.NDArray[np.uint8], labels: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+def exact_match(said: npt.NDArray[np.uint8], labels: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     """[n]: rows that are right in every scored position."""
     right: npt.NDArray[np.bool_] = ((said == labels) | (labels == PAD)).all(axis=1)
     return right

@@ -12,11 +12,11 @@ from hybrid.dataset import Dataset, Stream
 from hybrid.dataset.stream import Rows
 from hybrid.evaluate import Validation
 from hybrid.train.state import TrainState
-from hybrid.train.step import Sums
+from hybrid.train.update import Sums
 from hybrid.trm import Batch
 
 
-class Learner(Protocol):
+class TrainModule(Protocol):
     """What is trained."""
 
     state: TrainState
@@ -44,7 +44,7 @@ class Learner(Protocol):
         """One optimiser step."""
         ...
 
-    def probe(self, stream: Stream, count: int) -> Rows:
+    def predict_training_pairs(self, stream: Stream, count: int) -> Rows:
         """Up to `count` original training pairs, and in `said` what it answers them with."""
         ...
 
@@ -57,4 +57,4 @@ class Learner(Protocol):
         ...
 
 
-MakeLearner = Callable[[Config, Dataset, RunContext, range], Learner]
+MakeTrainModule = Callable[[Config, Dataset, RunContext, range], TrainModule]

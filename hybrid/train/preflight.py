@@ -16,14 +16,14 @@ from hybrid.dataset.stream import ROW_ORDER
 from hybrid.errors import UserError
 from hybrid.llm import check_model
 from hybrid.llm.known import is_path
-from hybrid.train.state import CHECKPOINTS, initial_checkpoint, model_config, refuse_other_sizes
+from hybrid.train.state import CHECKPOINTS, check_same_sizes, initial_checkpoint, model_config
 
 MAY_CHANGE = {
     "training": (
-        *("steps", "epochs", "save_every", "keep_checkpoints", "probe_pairs"),
+        *("steps", "epochs", "save_every", "keep_checkpoints", "train_accuracy_pairs"),
         *("micro_batch_size", "recompute"),  # memory and speed, not results
     ),
-    "llama": ("batch_size", "encodings"),
+    "llama": ("batch_size", "prompt_cache"),
     "trm": ("init_from",),  # a resumed run has begun already
 }
 """Keys that a resumed run may have changed; of `data` none."""
@@ -51,7 +51,7 @@ def check(config: Config, kind: str, sections: tuple[str, ...]) -> Config:
     training would mean another one to each worker.
     """
     dataset = Dataset.open(config.data_folder)
-    dataset.refuse_another_recipe(config.data)
+    dataset.check_same_recipe(config.data)
     total_steps(config, len(training_stream(config, dataset)))
     if kind == "hybrid":
         check_feedback(config)
@@ -62,13 +62,13 @@ def check(config: Config, kind: str, sections: tuple[str, ...]) -> Config:
     worker_slots(config.training.batch_size, 0, max(1, config.cluster.num_workers))
     resumed = newest(config.run_folder / CHECKPOINTS)
     if resumed:
-        refuse_changes(config, dataset, resumed, kind, sections)
+        check_unchanged(config, dataset, resumed, kind, sections)
     else:
         initial = initial_checkpoint(config)
         if initial:
-            refuse_other_sizes(model_config(config, dataset), initial)
-            _refuse_to_know(initial, dataset)
-            start = storage.place(initial.folder)
+            check_same_sizes(model_config(config, dataset), initial)
+            _check_init_not_contaminated(initial, dataset)
+            start = storage.uri(initial.folder)
             config = replace(config, trm=replace(config.trm, init_from=start))
     if kind == "hybrid" and config.adapter.inject != "none":
         check_model(config.llama, config.models_folder)
@@ -84,11 +84,11 @@ def check_feedback(config: Config) -> None:
         )
 
 
-def refuse_changes(
+def check_unchanged(
     config: Config, dataset: Dataset, checkpoint: Checkpoint, kind: str, sections: tuple[str, ...]
 ) -> None:
     """UserError if the run in the folder is another one than the config describes."""
-    where = storage.place(checkpoint.folder.parent.parent)
+    where = storage.uri(checkpoint.folder.parent.parent)
     if checkpoint.state["kind"] != kind:
         raise UserError(
             f"{where}: holds a run of kind {checkpoint.state['kind']}, not {kind};"
@@ -98,7 +98,7 @@ def refuse_changes(
     may = dict(MAY_CHANGE)
     before = checkpoint.state["config"].get("llama", {}).get("model", "")
     if config.llama.frozen and is_path(before) and is_path(config.llama.model):
-        # Its folder may have moved: `refuse_another_reader` sees whether it is the same.
+        # Its folder may have moved: `check_same_llm` sees whether it is the same.
         may["llama"] = (*may["llama"], "model")
     changed = [
         line
@@ -107,23 +107,23 @@ def refuse_changes(
     ]
     if changed:
         raise UserError(f"{where}: holds a run of another config ({'; '.join(changed)})")
-    placing = checkpoint.state["dataset"].get("canvas")
+    canvas_mode = checkpoint.state["dataset"].get("canvas")
     order = checkpoint.state["dataset"].get("row_order")
-    if placing is None or (placing == "bucketed" and order != ROW_ORDER):
+    if canvas_mode is None or (canvas_mode == "bucketed" and order != ROW_ORDER):
         raise UserError(
             f"{where}: holds a run of an older version, which takes training rows in another order;"
             " start a new run from it with trm.init_from"
         )
-    if placing != dataset.placing:
+    if canvas_mode != dataset.canvas_mode:
         raise UserError(
-            f"{where}: holds a run with data.canvas={placing}, {dataset.folder} has"
-            f" {dataset.placing}"
+            f"{where}: holds a run with data.canvas={canvas_mode}, {dataset.folder} has"
+            f" {dataset.canvas_mode}"
         )
     if checkpoint.state["dataset"]["fingerprint"] != dataset.fingerprint:
         raise UserError(f"{where}: holds a run on another dataset than {dataset.folder}")
 
 
-def _refuse_to_know(initial: Checkpoint, dataset: Dataset) -> None:
+def _check_init_not_contaminated(initial: Checkpoint, dataset: Dataset) -> None:
     """UserError if what a run starts from has seen the tests that are held out to judge it."""
     if not dataset.meta["config"]["hold_out_tasks"]:
         return
@@ -136,13 +136,13 @@ def _refuse_to_know(initial: Checkpoint, dataset: Dataset) -> None:
     ]
     if known:
         raise UserError(
-            f"trm.init_from: {storage.place(initial.folder)} was trained on the tests of"
+            f"trm.init_from: {storage.uri(initial.folder)} was trained on the tests of"
             f" {len(known)} of the {len(dataset.asked)} held-out tasks: pretrain with the same"
             f" data.training, data.hold_out_tasks={len(dataset.asked)} and data.evaluation=[]"
         )
 
 
-def refuse_another_reader(config: Config, checkpoint: Checkpoint, now: dict[str, Any]) -> None:
+def check_same_llm(config: Config, checkpoint: Checkpoint, now: dict[str, Any]) -> None:
     """UserError if the language model's name now means other weights than when the run began."""
     then, llama = checkpoint.state.get("llama"), now.get("llama")
     if then and llama and config.llama.frozen and then["fingerprint"] != llama["fingerprint"]:

@@ -14,11 +14,11 @@ from hybrid.cluster.runtime import cluster
 from hybrid.cluster.stream import quiet
 from hybrid.config import Config
 from hybrid.device import compute_device, share_cores
-from hybrid.encode import Encoder
 from hybrid.errors import UserError
+from hybrid.prompt_cache import PromptCacher
 
 
-def ray_encode(config: Config, plan: list[tuple[int, int]]) -> int:
+def cache_prompts_on_ray(config: Config, plan: list[tuple[int, int]]) -> int:
     """Encode what is not there yet on `cluster.num_workers` actors; returns how many that were."""
     rows = [{"variant": variant, "number": number} for variant, number in plan]
     with cluster(config, spare_cpus=1):
@@ -47,13 +47,13 @@ def _worker(config: Config) -> type:
     class Worker:
         def __init__(self) -> None:
             share_cores(config.cluster.num_workers)
-            self.encoder: Encoder | None = None
+            self.encoder: PromptCacher | None = None
 
         def __call__(self, plan: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[Any]]:
             pairs = list(zip(plan["variant"].tolist(), plan["number"].tolist(), strict=True))
             try:
                 if self.encoder is None:
-                    self.encoder = Encoder(config, compute_device(config.cluster.use_gpu))
+                    self.encoder = PromptCacher(config, compute_device(config.cluster.use_gpu))
                 return {"made": [self.encoder.add(pairs)], "wrong": [""]}
             except UserError as error:
                 # Raised, it would arrive as a fault of Ray's.

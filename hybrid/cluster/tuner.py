@@ -21,9 +21,9 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
 from hybrid import storage
-from hybrid.cluster.launch import encode
+from hybrid.cluster.prompt_cache import cache_prompts_on_ray
 from hybrid.cluster.runtime import cluster
-from hybrid.cluster.search import OBJECTIVE, OptunaSearch, RandomSearch, known_trials
+from hybrid.cluster.searchers import OBJECTIVE, OptunaSearch, RandomSearch, known_trials
 from hybrid.cluster.trainer import run, trainer
 from hybrid.config import Config, differences, from_dict, to_dict
 from hybrid.context import LocalContext
@@ -31,23 +31,24 @@ from hybrid.dataset import Dataset, prepare
 from hybrid.device import compute_device, share_cores
 from hybrid.errors import Stopped, UserError, make_folder
 from hybrid.evaluate import Validation
+from hybrid.prompt_cache import cache_prompts_locally, plan, summary
 from hybrid.sweep import (
     Axis,
     Trial,
     best_yaml,
-    note_reason,
-    note_trial,
+    format_trial,
     parse_space,
     read_reason,
     read_trial,
-    say_trial,
     trial_config,
     trial_name,
+    write_reason,
     write_report,
     write_results,
+    write_trial,
 )
 from hybrid.train import Joint, check, initial_checkpoint, joint, total_steps
-from hybrid.train.plan import training_stream
+from hybrid.train.preflight import training_stream
 
 SWEEP = "sweep.json"
 """In the run folder: the config that its trials vary."""
@@ -65,7 +66,7 @@ def sweep(config: Config, say: Say = print) -> tuple[list[Trial], tuple[Axis, ..
     sweep.parquet, report.html and best.yaml into the run folder; a trial that fails is listed.
     """
     axes = parse_space(config)
-    start = _refuse_changes(config)
+    start = _check_unchanged(config)
     base = _prepared(config, start, say)
     search = RandomSearch(base, axes) if base.sweep.search == "random" else OptunaSearch(base, axes)
     if search.open:  # else what trials began from may be gone
@@ -73,11 +74,11 @@ def sweep(config: Config, say: Say = print) -> tuple[list[Trial], tuple[Axis, ..
     _note(config, base.trm.init_from)
     with cluster(base, workers=_workers(base), spare_cpus=_spare(base)):
         at_once = _at_once(base)
-        say(f"{storage.place(config.run_folder)}: {search.said}, {at_once} at a time")
+        say(f"{storage.uri(config.run_folder)}: {search.said}, {at_once} at a time")
         begun: set[str] = set()
         if search.open:
-            if base.llama.encodings:
-                say(encode(base))
+            if base.llama.prompt_cache:
+                say(_cache_prompts(base))
             begun = _run(base, search, at_once, config.run_folder / TUNE_FOLDER, say)
     trials = known_trials(base)
     left = (search.names | begun) - {trial.name for trial in trials if trial.status != "unfinished"}
@@ -87,8 +88,14 @@ def sweep(config: Config, say: Say = print) -> tuple[list[Trial], tuple[Axis, ..
         raise Stopped(f"{len(left)} trials have not ended; the same command goes on with them")
     best = config.run_folder / "best.yaml"
     best.write_text(best_yaml(config, trials))
-    storage.publish(best)
+    storage.upload(best)
     return trials, axes
+
+
+def _cache_prompts(config: Config) -> str:
+    fill = cache_prompts_on_ray if config.cluster.num_workers else cache_prompts_locally
+    missing = plan(config)
+    return summary(config, missing, fill(config, missing))
 
 
 def _prepared(config: Config, start: str | None, say: Say) -> Config:
@@ -96,7 +103,7 @@ def _prepared(config: Config, start: str | None, say: Say) -> Config:
 
     `start`: the checkpoint that trials of this sweep have begun from, where there are some.
     """
-    run_folder = storage.place(config.run_folder)
+    run_folder = storage.uri(config.run_folder)
     data = replace(config.data, evaluation=(), hold_out_tasks=config.sweep.hold_out_tasks)
     paths = replace(
         config.paths,
@@ -105,29 +112,29 @@ def _prepared(config: Config, start: str | None, say: Say) -> Config:
     )
     if start is None:
         initial = initial_checkpoint(config)
-        start = storage.place(initial.folder) if initial else None
+        start = storage.uri(initial.folder) if initial else None
     base = replace(config, data=data, paths=paths, trm=replace(config.trm, init_from=start))
     prepare(data, base.data_folder, say)
     return base
 
 
-def _refuse_changes(config: Config) -> str | None:
+def _check_unchanged(config: Config) -> str | None:
     """UserError if the run folder holds another sweep; else what its trials begin from."""
     path = config.run_folder / SWEEP
-    storage.obtain(path)
+    storage.download(path)
     if not path.exists():
         return None
     try:
         before = json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{storage.place(path)}: cannot be read ({error})") from error
+        raise UserError(f"{storage.uri(path)}: cannot be read ({error})") from error
     now = json.loads(json.dumps(to_dict(config)))
     sections = [name for name in now if name not in ("cluster", "paths", "logging")]
-    may = ("sweep.samples:", "sweep.max_concurrent:")  # more of the same, or faster
+    may = ("sweep.num_samples:", "sweep.max_concurrent_trials:")  # more of the same, or faster
     changed = [c for c in differences(before, now, sections) if not c.startswith(may)]
     if changed:
         raise UserError(
-            f"{storage.place(path.parent)}: holds another sweep ({'; '.join(changed)}); give"
+            f"{storage.uri(path.parent)}: holds another sweep ({'; '.join(changed)}); give"
             " this one another logging.run"
         )
     start: str | None = before.get("start")
@@ -141,7 +148,7 @@ def _note(config: Config, start: str | None) -> None:
     partial = path.with_name(f".{path.name}.tmp")
     partial.write_text(json.dumps({**to_dict(config), "start": start}))
     os.replace(partial, path)
-    storage.publish(path)
+    storage.upload(path)
 
 
 def _workers(config: Config) -> int:
@@ -161,7 +168,7 @@ def _at_once(config: Config) -> int:
     fit = int((have["CPU"] - _spare(config)) // needs)
     if config.cluster.use_gpu:
         fit = min(fit, int(have["GPU"] // _workers(config)))
-    return max(1, min(fit, config.sweep.max_concurrent or fit))
+    return max(1, min(fit, config.sweep.max_concurrent_trials or fit))
 
 
 def _run(
@@ -180,12 +187,12 @@ def _run(
         scheduler = ASHAScheduler(
             time_attr="step",
             max_t=10**9,  # a trial ends by itself
-            grace_period=config.sweep.first_rung or config.training.save_every,
-            reduction_factor=config.sweep.reduction,
+            grace_period=config.sweep.grace_period or config.training.save_every,
+            reduction_factor=config.sweep.reduction_factor,
         )
     storage.remove(folder)
     store, name = storage.filesystem(folder.parent)
-    notes = _Notes(config, rows, search.count, say)
+    notes = _TrialRecorder(config, rows, search.count, say)
     trainable = tune.with_parameters(_train_trial, base=to_dict(config))
     tune.Tuner(
         tune.with_resources(trainable, _resources(config)),
@@ -193,7 +200,7 @@ def _run(
         tune_config=tune.TuneConfig(
             metric=OBJECTIVE,
             mode="max",
-            num_samples=search.samples,
+            num_samples=search.num_samples,
             max_concurrent_trials=at_once,
             search_alg=search.searcher,
             scheduler=scheduler,
@@ -230,7 +237,7 @@ def _train_trial(settings: dict[str, Any], base: dict[str, Any]) -> None:
             _report(step, validation)
         if before.status != "unfinished":
             return
-    note_reason(config.run_folder, "")
+    write_reason(config.run_folder, "")
     try:
         check(config, Joint.kind, Joint.sections)
         if config.cluster.num_workers:
@@ -240,7 +247,7 @@ def _train_trial(settings: dict[str, Any], base: dict[str, Any]) -> None:
             result = joint(config, _TrialContext(compute_device(config.cluster.use_gpu)))
     except Exception as error:
         # Whether the trial has failed, or the sweep was ended around it, is for the sweep to say.
-        note_reason(config.run_folder, _reason(error))
+        write_reason(config.run_folder, _reason(error))
         if isinstance(error, RayError):
             raise  # a process of Ray's was lost: Tune tries again, which would not help with others
         return
@@ -267,7 +274,7 @@ def _config_of(config: Config, values: Values) -> Config:
     return replace(config, logging=replace(config.logging, run=trial_name(values)))
 
 
-class _Notes(tune.Callback):  # type: ignore[misc]
+class _TrialRecorder(tune.Callback):  # type: ignore[misc]
     """In the sweep's own process: writes down how trials end, and says how they go."""
 
     def __init__(self, config: Config, rows: int, count: int, say: Say) -> None:
@@ -291,7 +298,7 @@ class _Notes(tune.Callback):  # type: ignore[misc]
         known = self._known(trial)
         if known and known.step > self.said.get(known.name, 0):
             self.said[known.name] = known.step
-            self.say(say_trial(known))
+            self.say(format_trial(known))
             if known.status == "unfinished":
                 self._write(trial, "unfinished")
 
@@ -314,7 +321,7 @@ class _Notes(tune.Callback):  # type: ignore[misc]
         folder = self._folder(trial)
         seconds = float((trial.last_result or {}).get("time_total_s", 0.0))
         seconds += self.before.get(folder.name, 0.0)
-        note_trial(folder, self._values(trial), status, seconds, error)
+        write_trial(folder, self._values(trial), status, seconds, error)
 
     def _end(self, trial: Any, status: Any, error: str = "") -> None:
         self._write(trial, status, error)

@@ -1,6 +1,6 @@
 """Problem encodings on disk: one safetensors file a problem, named by what it was made from.
 
-    <paths.encodings>/<model fingerprint and dtype>/<SHA-256 of the tokens>.safetensors
+    <paths.prompt_cache>/<model fingerprint and dtype>/<SHA-256 of the tokens>.safetensors
         keys, values   [layers, heads, T, d]
 
 A frozen model's encoding of a text never changes, so nothing else need be known to reuse one. Files
@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 
 from hybrid import storage
 from hybrid.errors import UserError, make_folder
-from hybrid.llm.backbone import Backbone, Encoding, Tokens
+from hybrid.llm.backbone import Backbone, PromptCache, Tokens
 
 
-class EncodingStore:
+class PromptCacheStore:
     """The encodings of one model."""
 
     def __init__(self, root: Path, backbone: Backbone) -> None:
@@ -38,7 +38,7 @@ class EncodingStore:
         digest = hashlib.sha256(np.array(problem, np.int64).tobytes()).hexdigest()
         return self.folder / f"{digest}.safetensors"
 
-    def encode(self, problems: Sequence[Tokens]) -> Encoding:
+    def encode(self, problems: Sequence[Tokens]) -> PromptCache:
         """Problems as one batch, from disk where they are there, encoded now where not."""
         found = [self._load(problem) for problem in problems]
         missing = [n for n, one in enumerate(found) if one is None]
@@ -46,7 +46,7 @@ class EncodingStore:
             made = self.backbone.encode([problems[n] for n in missing])
             for place, n in enumerate(missing):
                 found[n] = made.take(torch.tensor([place], device=self.backbone.device))
-        return Encoding.join([one for one in found if one is not None])
+        return PromptCache.join([one for one in found if one is not None])
 
     def add(self, problems: Sequence[Tokens]) -> int:
         """Encode and write those that are not there; returns how many that were."""
@@ -69,13 +69,13 @@ class EncodingStore:
                 os.replace(partial, path)
             finally:
                 partial.unlink(missing_ok=True)
-            storage.publish(path)
+            storage.upload(path)
         return len(missing)
 
-    def _load(self, problem: Tokens) -> Encoding | None:
+    def _load(self, problem: Tokens) -> PromptCache | None:
         path = self.path(problem)
         if not path.exists():  # an encoding never changes: a copy once made will do
-            storage.obtain(path)
+            storage.download(path)
         if not path.exists():
             return None
         device = self.backbone.device
@@ -86,7 +86,7 @@ class EncodingStore:
             raise UserError(f"{path}: not a problem encoding ({error}); delete it") from error
         tokens = torch.tensor([list(problem)], device=device)
         layers = zip(keys[:, None], values[:, None], strict=True)
-        return Encoding(
+        return PromptCache(
             tokens=tokens,
             mask=torch.ones_like(tokens, dtype=torch.bool),
             layers=tuple((one, other) for one, other in layers),

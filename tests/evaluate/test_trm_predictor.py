@@ -14,12 +14,12 @@ import torch
 from helpers import undecided
 from torch import Tensor
 
-from hybrid.arc import encode_grid, grid_to_string
+from hybrid.arc import grid_to_string, tokenize_grid
 from hybrid.checkpoint import Checkpoint, read, write_tensors
 from hybrid.config import Config, EvaluationConfig
 from hybrid.dataset import Dataset, Stream
-from hybrid.evaluate import Question, Solver, exact, predict, said_to
-from hybrid.evaluate.solve import Prediction
+from hybrid.evaluate import Question, TRMPredictor, exact_match, predict, predict_rows
+from hybrid.evaluate.trm_predictor import Prediction
 from hybrid.trm import TRM, Carry
 
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ def rows(dataset: Dataset, checkpoint: Checkpoint) -> Rows:
 @pytest.fixture
 def halting(checkpoint: Checkpoint, rows: Rows) -> TRM:
     """The trained model with a halt head that half of the rows satisfy after two ACT steps."""
-    model = Solver(checkpoint, EvaluationConfig(), CPU).model
+    model = TRMPredictor(checkpoint, EvaluationConfig(), CPU).model
     undecided(model.state_dict())
     _, logits, _ = predict(model, *rows, EvaluationConfig(halt="fixed", act_steps=2))
     assert model.q_head.bias is not None
@@ -80,9 +80,9 @@ def test_every_view_is_encoded_with_its_own_puzzle_row_and_undone(
         given.append((inputs, rows))
         return inputs, np.zeros(len(inputs), np.float32), 0
 
-    monkeypatch.setattr("hybrid.evaluate.solve.predict", copy)
+    monkeypatch.setattr("hybrid.evaluate.trm_predictor.predict", copy)
     asked = question(dataset, "25ff71a9")
-    found = Solver(checkpoint, EvaluationConfig(), CPU).solve(asked)
+    found = TRMPredictor(checkpoint, EvaluationConfig(), CPU).solve(asked)
     assert [test["empty"] for test in found["tests"]] == [0, 0]
     for test, pair in zip(candidates(found), asked.task.test, strict=True):
         assert test == [(tuple(grid_to_string(pair.input).split("\n")), 6, 0.5)]
@@ -90,14 +90,14 @@ def test_every_view_is_encoded_with_its_own_puzzle_row_and_undone(
     table = checkpoint.tensors("puzzle_table")["puzzle_table"]
     pairs = [(pair, n) for pair in asked.task.test for n in range(6)]
     for row, (pair, n) in enumerate(pairs):
-        assert np.array_equal(inputs[row], encode_grid(asked.views[n].apply(pair.input), CANVAS))
+        assert np.array_equal(inputs[row], tokenize_grid(asked.views[n].apply(pair.input), CANVAS))
         assert torch.equal(rows[row], table[asked.identifiers[n]])
     assert len(torch.unique(rows, dim=0)) > 3, "too few puzzle rows were trained to tell"
 
 
 def test_weights_are_the_average_and_the_table_stays_on_disk(checkpoint: Checkpoint) -> None:
-    model = Solver(checkpoint, EvaluationConfig(), CPU).model
-    average, last = checkpoint.tensors("average"), checkpoint.tensors("model")
+    model = TRMPredictor(checkpoint, EvaluationConfig(), CPU).model
+    average, last = checkpoint.tensors("ema"), checkpoint.tensors("model")
     for name, weight in model.named_parameters():
         assert torch.equal(weight, average[name]) and not torch.equal(weight, last[name]), name
     assert torch.equal(model.H_init, last["H_init"]) and torch.equal(model.L_init, last["L_init"])
@@ -109,14 +109,14 @@ def test_an_unknown_puzzle_has_the_blank_row(
 ) -> None:
     """It is answered alike whatever the other rows of the table hold."""
     asked = question(dataset, "25ff71a9")
-    solver = Solver(checkpoint, EvaluationConfig(), CPU)
+    solver = TRMPredictor(checkpoint, EvaluationConfig(), CPU)
     blank = solver.solve(replace(asked, identifiers=range(0)))
     assert candidates(blank) != candidates(solver.solve(asked))
     copy = tmp_path / "step_00000040"
     shutil.copytree(checkpoint.folder, copy)
     table = torch.ones(37, 32).index_fill(0, torch.tensor([0]), 0)
     write_tensors(copy, "puzzle_table", {"puzzle_table": table})
-    other = Solver(replace(checkpoint, folder=copy), EvaluationConfig(), CPU)
+    other = TRMPredictor(replace(checkpoint, folder=copy), EvaluationConfig(), CPU)
     assert candidates(blank) == candidates(other.solve(replace(asked, identifiers=range(0))))
 
 
@@ -124,7 +124,7 @@ def test_views_that_look_the_same_are_asked_once_where_they_have_no_puzzle(
     dataset: Dataset, checkpoint: Checkpoint
 ) -> None:
     """Colours that the input does not have may be anything: the answer comes from its view."""
-    solver = Solver(checkpoint, EvaluationConfig(), CPU)
+    solver = TRMPredictor(checkpoint, EvaluationConfig(), CPU)
     asked = question(dataset, "25ff71a9")
     given = [{view.apply(pair.input).tobytes() for view in asked.views} for pair in asked.task.test]
     different = len(set.union(*given))
@@ -155,10 +155,10 @@ def test_batches_and_other_tests_do_not_change_an_answer(
     dataset: Dataset, checkpoint: Checkpoint
 ) -> None:
     asked = question(dataset, "44f52bb0")
-    whole = candidates(Solver(checkpoint, EvaluationConfig(), CPU).solve(asked))
+    whole = candidates(TRMPredictor(checkpoint, EvaluationConfig(), CPU).solve(asked))
     assert any(whole), "no answer to compare"
     for size in (1, 5, 7):
-        solver = Solver(checkpoint, EvaluationConfig(batch_size=size), CPU)
+        solver = TRMPredictor(checkpoint, EvaluationConfig(batch_size=size), CPU)
         assert candidates(solver.solve(asked)) == whole, size
     for n, pair in enumerate(asked.task.test):
         alone = replace(asked, task=replace(asked.task, test=(pair,)))
@@ -166,7 +166,7 @@ def test_batches_and_other_tests_do_not_change_an_answer(
 
 
 def test_one_view_is_one_row_a_test(dataset: Dataset, checkpoint: Checkpoint) -> None:
-    solver = Solver(checkpoint, EvaluationConfig(), CPU)
+    solver = TRMPredictor(checkpoint, EvaluationConfig(), CPU)
     found = solver.solve(question(dataset, "25ff71a9", views=1))
     assert [test["variants"] for test in found["tests"]] == [1, 1]
     assert found["spent"]["rows"] == 2 and found["spent"]["act_steps"] == 8
@@ -240,7 +240,7 @@ def test_a_slot_takes_the_next_row_at_once(
 def test_a_row_is_exact_when_it_is_right_in_every_label(trained: Config, dataset: Dataset) -> None:
     rows = Stream(dataset, 0).rows(np.arange(20))
     checkpoint = read(trained.run_folder / "checkpoints" / "step_00000040")
-    model = Solver(checkpoint, EvaluationConfig(), CPU).model
+    model = TRMPredictor(checkpoint, EvaluationConfig(), CPU).model
     model.puzzle_table = checkpoint.tensors("puzzle_table")["puzzle_table"]
     puzzle_rows = model.puzzle_table[
         torch.from_numpy(np.asarray(rows["puzzle_identifiers"])).long()
@@ -249,9 +249,9 @@ def test_a_row_is_exact_when_it_is_right_in_every_label(trained: Config, dataset
     said, _, _ = predict(model, inputs, puzzle_rows, EvaluationConfig())
     labels = said.copy()
     model.train()
-    assert exact(said_to(model, rows, batch_size=7), labels).mean() == 1
+    assert exact_match(predict_rows(model, rows, batch_size=7), labels).mean() == 1
     labels[:5, 0] = 0  # a position that is not scored
-    assert exact(said_to(model, rows, batch_size=7), labels).mean() == 1
+    assert exact_match(predict_rows(model, rows, batch_size=7), labels).mean() == 1
     labels[3:7, 4] = labels[3:7, 4] % 11 + 1
-    assert exact(said_to(model, rows, batch_size=7), labels).mean() == pytest.approx(0.8)
+    assert exact_match(predict_rows(model, rows, batch_size=7), labels).mean() == pytest.approx(0.8)
     assert model.training, "it must leave the mode as it was"
