@@ -40,12 +40,12 @@ def main() -> None:
     said = [[feedback_line()]]
     backbone = reader.backbone
     with torch.no_grad():
-        encoding = backbone.encode([problem])
+        encoding = backbone.prefill([problem])
         tokens = reader.read(encoding, latent, said, recompute=False)[2][0]
 
         def again(attention: str) -> None:
             backbone.model.set_attn_implementation(attention)
-            backbone.encode([problem])
+            backbone.prefill([problem])
 
         def attempt(attention: str) -> None:
             backbone.model.set_attn_implementation(attention)

@@ -112,7 +112,7 @@ def _tensors(state: TrainState) -> dict[str, torch.Tensor]:
     """All that a checkpoint holds."""
     parts = {
         "model": state.model.state_dict(),
-        "average": state.ema.values,
+        "ema": state.ema.values,
         "m": state.optimizer.m,
         "v": state.optimizer.v,
         "carry": state.carry.tensors(),

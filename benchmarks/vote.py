@@ -79,9 +79,9 @@ def questions(
     config = DataConfig(training=(), evaluation=("arc1-evaluation",), variants=views - 1)
     prepare(replace(config, canvas=canvas), root / canvas, say=lambda line: None)
     dataset = Dataset.open(root / canvas)
-    chosen = np.linspace(0, len(dataset.asked) - 1, tasks).astype(int)
+    chosen = np.linspace(0, len(dataset.evaluated) - 1, tasks).astype(int)
     found = []
-    for task in (dataset.asked[n] for n in chosen):
+    for task in (dataset.evaluated[n] for n in chosen):
         first = int(dataset.first_variant[task])
         found.append(
             Question(

@@ -172,7 +172,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     """All of a checkpoint, the slots of its workers joined in order."""
     slots = [load_file(file) for file in sorted(folder.glob("slots_*"))]
     joined = {name: torch.cat([part[name] for part in slots]) for name in slots[0]}
-    for file in ("model", "average", "optimizer", "puzzle_table"):
+    for file in ("model", "ema", "optimizer", "puzzle_table"):
         joined |= {f"{file}.{k}": v for k, v in load_file(folder / f"{file}.safetensors").items()}
     return joined
 
@@ -292,7 +292,7 @@ def stop_in_seal(partial: Path, folder: Path, reached: Event) -> None:
 def change_weights(
     folder: Path,
     change: Callable[[dict[str, Tensor]], None],
-    files: Sequence[str] = ("model", "average"),
+    files: Sequence[str] = ("model", "ema"),
 ) -> None:
     """Write a checkpoint again, `change` applied to the model's tensors and to their average."""
     whole, partial = checkpoint.read(folder), folder.with_suffix(".partial")

@@ -85,7 +85,7 @@ def test_a_truncated_or_missing_file_is_named(
         ("[1, 2]", "not a checkpoint of format 2"),
         ('{"format": 1, "files": {}}', "a checkpoint of format 1, this version reads format 2"),
         ('{"format": 2}', "not a checkpoint of format 2"),
-        ('{"format": 1, "files": {}}', "damaged"),
+        ('{"format": 2, "files": {}}', "damaged"),
     ],
 )
 def test_a_state_that_is_none_is_named(tmp_path: Path, text: str, says: str) -> None:

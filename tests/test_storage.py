@@ -161,11 +161,11 @@ def test_the_newest_evaluation_in_a_store_is_not_the_one_that_was_fetched_last(
     for name in ("b", "a", "c"):
         path = config.runs_folder / "other" / "evaluation" / name / "results.json"
         path.parent.mkdir(parents=True)
-        path.write_text(json.dumps({"title": name, "protocol": {"asked": 3 - (name == "c")}}))
+        path.write_text(json.dumps({"title": name, "protocol": {"evaluated": 3 - (name == "c")}}))
         storage.upload(path)
         time.sleep(1.1)  # the store knows seconds
     elsewhere()
-    assert _compare_to(config, "other", {"asked": 3})["title"] == "a"
+    assert _compare_to(config, "other", {"evaluated": 3})["title"] == "a"
 
 
 def test_a_config_that_is_not_in_the_store_is_named(root: str) -> None:
@@ -406,7 +406,7 @@ def test_state_json_reaches_the_store_last(
             sent.append(path.name)
         upload(path, source)
 
-    monkeypatch.setattr(storage, "publish", record)
+    monkeypatch.setattr(storage, "upload", record)
     folder = pretrain(config, CPU).checkpoint
     assert sent[-1] == "state.json" and sent.count("state.json") == 1
     assert set(sent) == set(read(folder).state["files"]) | {"state.json"}

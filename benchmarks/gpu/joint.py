@@ -171,8 +171,8 @@ def _attempt(session: Session, backbone: Backbone, rows: int) -> None:
     what = f"attempt of {_rows(rows)}"
     with session.measuring(what):
         problems = [[5] * tokens] * rows
-        problem = median_seconds(lambda: backbone.encode(problems), calls=3, warm_up=1)
-        encoding = backbone.encode(problems)
+        problem = median_seconds(lambda: backbone.prefill(problems), calls=3, warm_up=1)
+        encoding = backbone.prefill(problems)
         latent = torch.zeros(rows, 8, backbone.hidden_size, device=session.device)
         attempt = median_seconds(
             lambda: backbone.read(encoding, latent, [[7] * 25] * rows, recompute=False)

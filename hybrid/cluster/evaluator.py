@@ -61,7 +61,7 @@ def predict_on_ray(config: Config) -> PredictAll:
         size = min(config.cluster.num_workers, len(questions))
         with cluster(config, workers=size):
             gauges = Gauges(config.logging.run)
-            gauges.set({"tasks_asked": len(questions), "tasks_done": 0})
+            gauges.set({"tasks_total": len(questions), "tasks_done": 0})
             for done, prediction in enumerate(_Pool(config, job, size).run(questions), start=1):
                 gauges.set({"tasks_done": done})
                 yield prediction

@@ -14,7 +14,7 @@ SHOWN = {
     "step": "optimiser steps done",
     "validation_right": "held-out test outputs right",
     "tasks_done": "evaluation tasks answered",
-    "tasks_asked": "evaluation tasks asked",
+    "tasks_total": "evaluation tasks asked",
 }
 
 

@@ -105,7 +105,7 @@ def select(config: DataConfig, say: Say) -> tuple[list[Selected], dict[str, Any]
     _check_enough_tasks(evaluation, config.hold_out_demos)
     report = {
         "excluded": {"too_large": too_large, "leaking": dropped},
-        "evaluation": {"asked": len(evaluation), "of": asked},
+        "evaluation": {"evaluated": len(evaluation), "of": asked},
     }
     return training + evaluation, report
 

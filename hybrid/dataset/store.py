@@ -153,7 +153,7 @@ class Dataset:
         return np.searchsorted(self.task_of, np.arange(len(self.tasks) + 1))
 
     @cached_property
-    def asked(self) -> tuple[int, ...]:
+    def evaluated(self) -> tuple[int, ...]:
         """Rows in `tasks` of the evaluation tasks."""
         return tuple(t for t, purpose in enumerate(self.purposes) if purpose == "evaluation")
 

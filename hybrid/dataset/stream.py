@@ -4,10 +4,9 @@ An epoch draws one variant of every task and deals out all training pairs of it;
 epoch, task after task in random order, are its rows. Rows are numbered through all epochs: the
 number is the *position* in the stream.
 
-A batch has S slots. The k-th row of a slot belongs to *round* k, so one number per slot records its
-progress, independently of which worker computes the slot and of how long other slots keep their
-rows. On full canvases slot s takes positions s, S + s, 2 S + s, ... On bucketed canvases every slot
-has a fixed side and takes the rows of that side only, so a step has the same shapes every time.
+A batch has S slots. Slot s takes positions s, S + s, 2 S + s, ...: its k-th row belongs to *round*
+k. One number per slot records its progress, independently of which worker computes the slot, and
+no row is skipped however long other slots keep theirs.
 """
 
 from __future__ import annotations
@@ -31,11 +30,6 @@ uint8 [n], of each row's canvas, whose side * side tokens come first."""
 TOKENS = {"inputs", "labels"}
 """Of `Rows`: a token for every cell."""
 TRANSPOSING = np.array([transform(np.empty((1, 2))).shape == (2, 1) for transform in DIHEDRAL])
-
-
-ROW_ORDER = 2
-"""Version of the assignment of rows to slots, kept in checkpoints. In version 1 slots took rows of
-any canvas."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +58,7 @@ class Stream:
         self._task_of_pair = np.repeat(np.arange(len(pairs)), [len(of_task) for of_task in pairs])
         shapes = [np.max([grid.shape for grid in pair.grids], axis=0) for pair in self.pairs]
         self._shapes = np.array(shapes, np.int64).reshape(-1, 2)  # [R, (height, width)]
-        self._side_of_pair = dataset.sides[self._task_of_pair].astype(np.int64)
-        sides, rows = np.unique(self._side_of_pair, return_counts=True)
-        self._rows_of_side = dict(zip(sides.tolist(), rows.tolist(), strict=True))
         self._epoch = lru_cache(maxsize=4)(self._draw_epoch)
-        self._slot_groups = lru_cache(maxsize=4)(self._draw_slot_groups)
-        # Slots of different sides may be in different epochs.
-        self._places_of_side = lru_cache(maxsize=64)(self._find_places_of_side)
 
     def __len__(self) -> int:
         """Rows of an epoch."""
@@ -97,65 +85,8 @@ class Stream:
 
     def rounds(self, first: int, count: int, slots: range, total_slots: int) -> Rows:
         """Return `count` rounds of `slots` from round `first` on, n = count * len(slots) rows."""
-        rounds = np.repeat(np.arange(first, first + count, dtype=np.int64), len(slots))
-        return self.rows(self.positions(rounds, np.tile(np.array(slots), count), total_slots))
-
-    def positions(self, rounds: Ints, slots: Ints, total_slots: int) -> Ints:
-        """Return the positions [n] of the rows that `slots` [n] take in `rounds` [n]."""
-        groups = self._slot_groups(total_slots)
-        if groups is None:
-            return rounds * total_slots + slots
-        side, number, slots_of_side = groups
-        positions = np.empty(len(slots), np.int64)
-        for n, (k, slot) in enumerate(zip(rounds.tolist(), slots.tolist(), strict=True)):
-            rows = self._rows_of_side[side[slot]]
-            epoch, row = divmod(k * slots_of_side[side[slot]] + number[slot], rows)
-            positions[n] = epoch * len(self) + self._places_of_side(epoch, side[slot])[row]
-        return positions
-
-    def slot_sides(self, total_slots: int) -> list[int] | None:
-        """Return the canvas side of every slot; None where slots take rows of any side."""
-        groups = self._slot_groups(total_slots)
-        return None if groups is None else groups[0]
-
-    def _draw_slot_groups(
-        self, total_slots: int
-    ) -> tuple[list[int], list[int], dict[int, int]] | None:
-        """Return each slot's side, its number among the slots of that side, and slots per side.
-
-        Slots are shared out in proportion to the rows of each side, at least one each. Sides
-        alternate: the consecutive slots of any worker are a mixture like the whole batch. None
-        with one side, or with fewer slots than sides.
-        """
-        rows = self._rows_of_side
-        if len(rows) == 1 or total_slots < len(rows):
-            return None
-        share = {side: total_slots * n / len(self) for side, n in rows.items()}
-        slots_of_side = {side: max(1, int(part)) for side, part in share.items()}
-        while (left := total_slots - sum(slots_of_side.values())) != 0:
-            lacks = {
-                side: share[side] - n for side, n in slots_of_side.items() if left > 0 or n > 1
-            }
-            side = max(lacks, key=lambda side: left * lacks[side])
-            slots_of_side[side] += 1 if left > 0 else -1
-        sides: list[int] = []
-        numbers: list[int] = []
-        given = dict.fromkeys(rows, 0)
-        for slot in range(total_slots):
-            behind = {
-                side: n * (slot + 1) / total_slots - given[side]
-                for side, n in slots_of_side.items()
-                if given[side] < n
-            }
-            side = max(behind, key=behind.__getitem__)
-            sides.append(side)
-            numbers.append(given[side])
-            given[side] += 1
-        return sides, numbers, slots_of_side
-
-    def _find_places_of_side(self, epoch: int, side: int) -> Ints:
-        """Return the places within an epoch of the rows on canvases of `side`, in order."""
-        return np.flatnonzero(self._side_of_pair[self._epoch(epoch).pair] == side)
+        rounds = np.arange(first, first + count, dtype=np.int64)[:, None]
+        return self.rows((rounds * total_slots + np.array(slots, np.int64)).ravel())
 
     def original_pairs(self, count: int) -> Rows:
         """Up to `count` training pairs as they are in the original tasks, evenly chosen."""

@@ -73,7 +73,7 @@ def run_attempts(
     encoding, costs = None, [0] * len(inputs)
     if prompts and solver.to_latent is not None:
         assert solver.reader is not None
-        encoding = solver.reader.encode(prompts)
+        encoding = solver.reader.prefill(prompts)
         costs = solver.reader.caching_costs(prompts)
     turns: list[list[AttemptRecord]] = [[] for _ in inputs]
     begun = solver.begin(batch, puzzle_rows.to(device), encoding)

@@ -41,14 +41,14 @@ class Question:
 def select_questions(config: Config, checkpoint: Checkpoint, dataset: Dataset) -> list[Question]:
     """The questions of an evaluation; UserError if the feedback it wants is not to be had."""
     hybrid = checkpoint.state["kind"] == "hybrid"
-    asked = dataset.asked[: config.evaluation.limit]
+    asked = dataset.evaluated[: config.evaluation.limit]
     same = checkpoint.state["dataset"]["fingerprint"] == dataset.fingerprint
     known = same and config.evaluation.puzzle_ids == "trained"
     source = config.feedback.source if hybrid else "none"
     if source == "demos":
         _check_held_out(dataset, asked, checkpoint.trained_on)
     # All that could be asked: what is read instead must not depend on evaluation.limit.
-    shown = [replace(dataset.tasks[t], train=dataset.demonstrations(t)) for t in dataset.asked]
+    shown = [replace(dataset.tasks[t], train=dataset.demonstrations(t)) for t in dataset.evaluated]
     shuffled = hybrid and config.evaluation.text == "shuffled"
     if shuffled and len(shown) < 2:
         raise UserError("evaluation.text=shuffled: there is no other task to read")

@@ -111,8 +111,8 @@ def questions_key(dataset: Dataset, tasks: Sequence[Task]) -> dict[str, Any]:
     asked = f"{len(tasks)} of {counts['of']} tasks"
     whole = len(tasks) == counts["of"]
     return {
-        "asked": asked if whole else f"a subset: {asked} (canvas of side {dataset.canvas})",
-        "test outputs asked": sum(len(task.test) for task in tasks),
+        "evaluated": asked if whole else f"a subset: {asked} (canvas of side {dataset.canvas})",
+        "test outputs evaluated": sum(len(task.test) for task in tasks),
         "dataset fingerprint": dataset.fingerprint[:16],
     }
 
@@ -140,8 +140,8 @@ def protocol(
             f"{name} ({dataset.meta['sources'][name]})"
             for name in dataset.meta["config"]["evaluation"]
         ),
-        "asked": key["asked"],
-        "test outputs asked": key["test outputs asked"],
+        "evaluated": key["evaluated"],
+        "test outputs evaluated": key["test outputs evaluated"],
         "training data": contamination_statement(tasks, checkpoint.trained_on),
         "puzzle ids": _puzzle_ids(config, same),
         "attempts scored": "2 a test output",
@@ -159,7 +159,7 @@ def protocol(
 
 
 def _canvas(dataset: Dataset, asked: int) -> str:
-    sides = sorted({int(dataset.sides[task]) for task in dataset.asked[:asked]})
+    sides = sorted({int(dataset.sides[task]) for task in dataset.evaluated[:asked]})
     if not dataset.bucketed:
         return f"{dataset.canvas} x {dataset.canvas}"
     return f"the smallest of sides {', '.join(map(str, sides))} that holds what is shown"

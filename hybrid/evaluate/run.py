@@ -84,7 +84,7 @@ def evaluate(
     dataset.check_same_recipe(config.data)
     checkpoint = _checkpoint(config)
     _check(config, checkpoint, dataset)
-    asked = dataset.asked[: config.evaluation.limit]
+    asked = dataset.evaluated[: config.evaluation.limit]
     if not asked:
         raise UserError(f"{dataset.folder}: holds no evaluation tasks (data.evaluation is empty)")
     questions = select_questions(config, checkpoint, dataset)

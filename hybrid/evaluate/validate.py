@@ -25,23 +25,23 @@ class Validation:
 
     right: int
     """Test outputs of held-out tasks right within two attempts."""
-    asked: int
+    evaluated: int
     cells: float
     """Mean over these outputs of the share of cells right, in the better of the two attempts."""
 
     @property
     def objective(self) -> float:
         """Orders by `right` and, where that is equal, by `cells`; 0..1."""
-        return (self.right + self.cells) / (self.asked + 1)
+        return (self.right + self.cells) / (self.evaluated + 1)
 
     @property
     def rate(self) -> Rate:
         """With its interval."""
-        return Rate(numerator=self.right, denominator=self.asked)
+        return Rate(numerator=self.right, denominator=self.evaluated)
 
     def metrics(self) -> dict[str, float]:
         """As metrics.jsonl has it."""
-        names = ("right", "asked", "cells", "objective")
+        names = ("right", "evaluated", "cells", "objective")
         return {f"validation/{name}": getattr(self, name) for name in names}
 
 
@@ -69,7 +69,7 @@ def validate(
     answered = {question.task.id: solver.solve(question) for question in questions}
     # Here predictions meet answers, and nowhere above.
     answers = Dataset.open(config.data_folder, answers=True)
-    tasks = [answers.tasks[task] for task in dataset.asked]
+    tasks = [answers.tasks[task] for task in dataset.evaluated]
     ranked = {task: _two(prediction) for task, prediction in answered.items()}
     rate = score(tasks, ranked).outputs
     shares = [
@@ -79,7 +79,7 @@ def validate(
         if pair.output is not None
     ]
     return Validation(
-        right=int(rate.numerator), asked=rate.denominator, cells=float(np.mean(shares))
+        right=int(rate.numerator), evaluated=rate.denominator, cells=float(np.mean(shares))
     )
 
 

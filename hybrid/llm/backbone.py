@@ -155,17 +155,17 @@ class Backbone:
         found: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
         return found.strip()
 
-    def encode(self, problems: Sequence[Tokens]) -> PromptCache:
+    def prefill(self, problems: Sequence[Tokens]) -> PromptCache:
         """Problems [B] of token ids, `batch_size` at a time. Without gradient if frozen.
 
         Problems of like length go together: in the order they come, half of a batch is padding.
         """
         size = self.config.batch_size
         if len(problems) <= size:
-            return self._encode(problems)
+            return self._prefill(problems)
         order = sorted(range(len(problems)), key=lambda n: len(problems[n]))
         parts = [
-            self._encode([problems[n] for n in order[first : first + size]])
+            self._prefill([problems[n] for n in order[first : first + size]])
             for first in range(0, len(order), size)
         ]
         place = {n: at for at, n in enumerate(order)}
@@ -224,7 +224,7 @@ class Backbone:
             last = self.model.model(None, seen.long(), position, cache, embedded)[0][:, -1]
         return written
 
-    def _encode(self, problems: Sequence[Tokens]) -> PromptCache:
+    def _prefill(self, problems: Sequence[Tokens]) -> PromptCache:
         ids, mask = left_padded(problems, PROBLEM_MULTIPLE, self.device)
         if self.config.prefix == "problem":
             return PromptCache(tokens=ids, mask=mask, layers=())

@@ -47,8 +47,12 @@ class LlamaConfig:
         if not self.model:
             problems.append("model must be named")
         if self.prompt_cache and not self.frozen:
-            problems.append("encodings of a model that is trained would be stale: frozen or none")
+            problems.append(
+                "prompt_cache of a model that is trained would be stale: set frozen=true"
+            )
         if self.prompt_cache and self.prefix == "problem":
-            problems.append("encodings hold a problem with nothing before it: prefix=attempt")
+            problems.append(
+                "prompt_cache holds prompts without a latent before them: set prefix=attempt"
+            )
         if problems:
             raise ValueError("\n".join(problems))

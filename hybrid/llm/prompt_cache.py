@@ -38,12 +38,12 @@ class PromptCacheStore:
         digest = hashlib.sha256(np.array(problem, np.int64).tobytes()).hexdigest()
         return self.folder / f"{digest}.safetensors"
 
-    def encode(self, problems: Sequence[Tokens]) -> PromptCache:
+    def prefill(self, problems: Sequence[Tokens]) -> PromptCache:
         """Problems as one batch, from disk where they are there, encoded now where not."""
         found = [self._load(problem) for problem in problems]
         missing = [n for n, one in enumerate(found) if one is None]
         if missing:
-            made = self.backbone.encode([problems[n] for n in missing])
+            made = self.backbone.prefill([problems[n] for n in missing])
             for place, n in enumerate(missing):
                 found[n] = made.take(torch.tensor([place], device=self.backbone.device))
         return PromptCache.join([one for one in found if one is not None])
@@ -55,7 +55,7 @@ class PromptCacheStore:
         if not missing:
             return 0
         make_folder(self.folder)
-        made = self.backbone.encode(missing)
+        made = self.backbone.prefill(missing)
         for row, problem in enumerate(missing):
             length = len(problem)
             tensors = {

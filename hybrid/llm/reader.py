@@ -56,13 +56,13 @@ class Reader:
             f" which takes {len(tokens)}"
         )
 
-    def encode(self, prompts: Sequence[Prompt]) -> PromptCache:
+    def prefill(self, prompts: Sequence[Prompt]) -> PromptCache:
         """Key-value caches of the problems, in one batch; from the store where it has them."""
         problems = [prompt.tokens for prompt in prompts]
-        return self.store.encode(problems) if self.store else self.backbone.encode(problems)
+        return self.store.prefill(problems) if self.store else self.backbone.prefill(problems)
 
     def caching_costs(self, prompts: Sequence[Prompt]) -> list[int]:
-        """Tokens that `encode` takes of each; with prefix=problem attempts pay them instead."""
+        """Tokens that `prefill` takes of each; with prefix=problem attempts pay them instead."""
         once = self.config.prefix == "attempt"
         return [len(prompt.tokens) if once else 0 for prompt in prompts]
 

@@ -155,7 +155,7 @@ def write_results(path: Path, trials: Sequence[Trial], axes: Sequence[Axis]) -> 
                 **{axis.key: trial.values.get(axis.key) for axis in axes},
                 "step": trial.step,
                 "right": last.right if last else None,
-                "asked": last.asked if last else None,
+                "evaluated": last.evaluated if last else None,
                 "low": last.rate.low if last else None,
                 "high": last.rate.high if last else None,
                 "cells": last.cells if last else None,

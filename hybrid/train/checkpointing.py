@@ -17,7 +17,6 @@ from hybrid.checkpoint import TRAINED_ON, Fingerprint, fingerprint, newest, prun
 from hybrid.config import Config, dump, to_dict
 from hybrid.context import RunContext, worker_slots
 from hybrid.dataset import Dataset
-from hybrid.dataset.stream import ROW_ORDER
 from hybrid.errors import CollectiveUserError, UserError
 from hybrid.train.state import TrainState, save, slots_name
 
@@ -122,7 +121,6 @@ def _describe(
         "dataset": {
             **{key: dataset.meta[key] for key in ("fingerprint", "counts", "sources")},
             "canvas": dataset.canvas_mode,
-            "row_order": ROW_ORDER,
         },
         "versions": {"arc-hybrid": __version__, "torch": torch.__version__},
     }

@@ -89,7 +89,7 @@ class Joint:
                 inputs = torch.from_numpy(part["inputs"]).int().to(device)
                 blank = self.state.trm.puzzle_table[:1].repeat(len(inputs), 1)
                 problems = self.stream.problems(places[mine])
-                encoding = self.reader.encode([self.reader.prompt(task) for task in problems])
+                encoding = self.reader.prefill([self.reader.prompt(task) for task in problems])
                 begun = self.solver.begin({"inputs": inputs}, blank, encoding)
                 most = min(2, self.config.training.max_attempts)
                 judge, history = self._judge(None), self.config.feedback.history
@@ -108,9 +108,8 @@ class Joint:
         self.solver.train()
         clear_gradients(state)
         # The slots have just taken their rows: those belong to the round before.
-        places = self.stream.positions(
-            state.rows_consumed.numpy() - 1, np.array(state.slots), training.batch_size
-        )
+        rounds = state.rows_consumed.numpy() - 1
+        places = rounds * training.batch_size + np.array(state.slots)
         ids = self._puzzle_ids(batch)
         row_grads = state.trm.puzzle_table.new_zeros(len(ids), state.trm.config.puzzle_emb_ndim)
         loss = torch.zeros((), device=ids.device)
@@ -181,7 +180,7 @@ class Joint:
         encoding = None
         if self.reader:
             prompts = [self.reader.prompt(task) for task in self.stream.problems(places)]
-            encoding = self.reader.encode(prompts)
+            encoding = self.reader.prefill(prompts)
         scale = training.batch_size * training.max_attempts
         total = window = torch.zeros((), device=puzzle_rows.device)
         sums: Sums = {}
@@ -244,7 +243,7 @@ def _loss(attempt: Attempt) -> tuple[Tensor, Sums]:
     number = torch.full_like(attempt.ended, attempt.number, dtype=torch.int32)
     outputs, labels = attempt.outputs, attempt.rows.current["labels"]
     loss, sums = act_loss(outputs.logits, outputs.q_halt, labels, number, attempt.ended)
-    sums["asked"] = loss.new_tensor(len(number))
+    sums["attempts"] = loss.new_tensor(len(number))
     # One row differs from nobody: it is not among those compared.
     compared = len(number) if len(number) > 1 else 0
     sums["compared"] = loss.new_tensor(compared)

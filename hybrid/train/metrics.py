@@ -64,11 +64,12 @@ class MetricsAggregator:
         asked = self.steps * self.config.training.batch_size
         ended = max(1.0, sums.pop("count"))
         # The TRM is asked once a step, the hybrid at every attempt.
-        asked_of = sums.pop("asked", asked)
+        asked_of = sums.pop("attempts", asked)
         losses = {name: sums.pop(name) / asked_of for name in ("lm_loss", "q_halt_loss")}
         if "compared" in sums:
-            compared = max(1.0, sums.pop("compared"))
-            losses["latent_variance"] = sums.pop("latent_variance") / compared
+            compared, variance = sums.pop("compared"), sums.pop("latent_variance")
+            if compared:  # not where every pass has one row
+                losses["latent_variance"] = variance / compared
         self.latest = {
             "loss": losses["lm_loss"] + 0.5 * losses["q_halt_loss"],
             **losses,
@@ -125,9 +126,9 @@ def train_accuracies(run_folder: Path) -> dict[int, float]:
 
 def validated(metrics: Sequence[Mapping[str, Any]]) -> dict[int, Validation]:
     """Validations by step, from the lines of a metrics.jsonl."""
-    names = ("right", "asked", "cells")
+    names = ("right", "evaluated", "cells")
     return {
         m["step"]: Validation(**{name: m[f"validation/{name}"] for name in names})
         for m in metrics
-        if "validation/asked" in m
+        if "validation/evaluated" in m
     }

@@ -12,7 +12,6 @@ from hybrid.checkpoint import Checkpoint, newest
 from hybrid.config import Config, differences, to_dict
 from hybrid.context import worker_slots
 from hybrid.dataset import Dataset, Stream
-from hybrid.dataset.stream import ROW_ORDER
 from hybrid.errors import UserError
 from hybrid.llm import check_model
 from hybrid.llm.known import is_path
@@ -107,13 +106,7 @@ def check_unchanged(
     ]
     if changed:
         raise UserError(f"{where}: holds a run of another config ({'; '.join(changed)})")
-    canvas_mode = checkpoint.state["dataset"].get("canvas")
-    order = checkpoint.state["dataset"].get("row_order")
-    if canvas_mode is None or (canvas_mode == "bucketed" and order != ROW_ORDER):
-        raise UserError(
-            f"{where}: holds a run of an older version, which takes training rows in another order;"
-            " start a new run from it with trm.init_from"
-        )
+    canvas_mode = checkpoint.state["dataset"]["canvas"]
     if canvas_mode != dataset.canvas_mode:
         raise UserError(
             f"{where}: holds a run with data.canvas={canvas_mode}, {dataset.folder} has"
@@ -131,14 +124,14 @@ def _check_init_not_contaminated(initial: Checkpoint, dataset: Dataset) -> None:
     seen = set(initial.trained_on)
     known = [
         answers.tasks[task].id
-        for task in dataset.asked
+        for task in dataset.evaluated
         if any(pair_hash(pair) in seen for pair in answers.tasks[task].test)
     ]
     if known:
         raise UserError(
             f"trm.init_from: {storage.uri(initial.folder)} was trained on the tests of"
-            f" {len(known)} of the {len(dataset.asked)} held-out tasks: pretrain with the same"
-            f" data.training, data.hold_out_tasks={len(dataset.asked)} and data.evaluation=[]"
+            f" {len(known)} of the {len(dataset.evaluated)} held-out tasks: pretrain with the same"
+            f" data.training, data.hold_out_tasks={len(dataset.evaluated)} and data.evaluation=[]"
         )
 
 

@@ -35,9 +35,10 @@ def micro_batches(
     """
     device = batch["inputs"].device
     for side, numbers in row_numbers_by_canvas(batch["side"].tolist()).items():
-        size = most or len(numbers)
-        for first in range(0, len(numbers), size):
-            mine = numbers[first : first + size]
+        passes = -(-len(numbers) // (most or len(numbers)))
+        for part in range(passes):  # of equal size: a short one would leave a GPU idle
+            first, last = (n * len(numbers) // passes for n in (part, part + 1))
+            mine = numbers[first:last]
             slots = _slots(tuple(mine), device)
             rows = {name: value[slots] for name, value in batch.items() if name != "side"}
             rows |= {name: value[:, : side**2] for name, value in rows.items() if name in TOKENS}
@@ -120,7 +121,10 @@ def exploration(seed: int, step: int, batch_size: int, slots: range) -> Tensor:
 
 
 def read_flag(flag: Tensor) -> bool:
-    """Read a bool from the device: the one point of a step where the host waits for it."""
+    """Read a bool from the device: the one point of a step where the host waits for it.
+
+    Several workers wait once more, in `RunContext.agree`.
+    """
     return bool(flag)
 
 

@@ -235,7 +235,7 @@ def test_evaluation_actors_killed_ten_times_change_no_score_and_no_answer(
         assert results[name] == wanted[name], name
     submissions = [(f / "submission.json").read_bytes() for f in (folder, solved)]
     assert submissions[0] == submissions[1]
-    assert gauges["arc_hybrid_tasks_asked{kills}"] == 15
+    assert gauges["arc_hybrid_tasks_total{kills}"] == 15
     assert 0 <= gauges["arc_hybrid_tasks_done{kills}"] < 15
 
 

@@ -92,7 +92,7 @@ def test_an_answer_that_is_larger_has_no_part_in_it(
     sides = {task.id: side for task, side in zip(dataset.tasks, dataset.sides, strict=True)}
     larger = {
         dataset.tasks[task].id
-        for task in dataset.asked
+        for task in dataset.evaluated
         if smallest(complete(arc1[dataset.tasks[task].id]), 30)
         > smallest(known(arc1[dataset.tasks[task].id]), 30)
     }
@@ -297,53 +297,3 @@ def test_a_dataset_of_before_there_were_canvases_is_a_full_one(
     del meta["config"]["canvas"]
     write_meta(tmp_path, meta)
     assert set(Dataset.open(tmp_path).sides.tolist()) == {12}
-
-
-@pytest.mark.parametrize("slots", [2, 5, 8, 33])
-def test_a_slot_keeps_its_canvas_and_sides_share_slots_as_they_share_rows(
-    some: dict[str, Dataset], slots: int
-) -> None:
-    stream = Stream(some["bucketed"], 3)
-    sides = stream.slot_sides(slots)
-    assert sides is not None
-    rows = stream.rounds(0, 40, range(slots), slots)
-    assert rows["side"].reshape(40, slots).tolist() == [sides] * 40
-    for side, count in zip(*np.unique(sides, return_counts=True), strict=True):
-        share = slots * float(np.mean(epochs(some["bucketed"], 1)["side"] == side))
-        assert (count >= 1 and abs(count - share) < 1) or share < 1
-
-
-def test_slots_of_a_side_take_every_row_of_it_once_an_epoch(some: dict[str, Dataset]) -> None:
-    stream = Stream(some["bucketed"], 3)
-    slots = np.arange(7)
-    sides = np.array(stream.slot_sides(7))
-    for side in set(sides.tolist()):
-        mine = slots[sides == side]
-        total = int((epochs(some["bucketed"], 1)["side"] == side).sum())
-        rounds, rest = np.repeat(np.arange(3 * total), len(mine)), np.tile(mine, 3 * total)
-        positions = stream.positions(rounds, rest, 7)
-        epoch, place = np.divmod(positions, len(stream))
-        for number in range(3 * len(mine)):
-            taken = place[number * total : (number + 1) * total]
-            assert set(epoch[number * total : (number + 1) * total].tolist()) == {number}
-            assert len(set(taken.tolist())) == total
-        assert set(stream.rows(positions[:total])["side"].tolist()) == {side}
-
-
-@pytest.mark.parametrize("workers", [2, 3, 4])
-def test_every_worker_has_a_like_mixture_of_canvases(
-    some: dict[str, Dataset], workers: int
-) -> None:
-    sides = Stream(some["bucketed"], 3).slot_sides(48)
-    assert sides is not None
-    shares = [sides[w * 48 // workers : (w + 1) * 48 // workers] for w in range(workers)]
-    for side in set(sides):
-        counts = [share.count(side) for share in shares]
-        assert max(counts) - min(counts) <= 1
-
-
-def test_one_slot_takes_rows_of_all_canvases(some: dict[str, Dataset]) -> None:
-    stream = Stream(some["bucketed"], 3)
-    assert stream.slot_sides(1) is None
-    assert Stream(some["full"], 3).slot_sides(5) is None
-    assert stream.positions(np.arange(9), np.zeros(9, np.int64), 1).tolist() == list(range(9))

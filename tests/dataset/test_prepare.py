@@ -98,7 +98,7 @@ def test_tasks_come_back_as_they_were(configure: Configure, tmp_path: Path, arc1
     prepare(configure().data, tmp_path / "d", quiet)
     dataset = Dataset.open(tmp_path / "d", answers=True)
     assert list(dataset.tasks) == [arc1[task.id] for task in dataset.tasks]
-    assert [dataset.tasks[t].id for t in dataset.asked] == sorted(ASKED)
+    assert [dataset.tasks[t].id for t in dataset.evaluated] == sorted(ASKED)
 
 
 def test_answers_are_not_even_in_memory_unless_asked_for(
@@ -107,9 +107,9 @@ def test_answers_are_not_even_in_memory_unless_asked_for(
     """Training workers and Ray Data tasks open the dataset too; only scoring asks for answers."""
     prepare(configure().data, tmp_path / "d", quiet)
     dataset = Dataset.open(tmp_path / "d")
-    tests = [pair for task in dataset.asked for pair in dataset.tasks[task].test]
+    tests = [pair for task in dataset.evaluated for pair in dataset.tasks[task].test]
     assert tests and all(pair.output is None for pair in tests)
-    trained = set(range(len(dataset.tasks))) - set(dataset.asked)
+    trained = set(range(len(dataset.tasks))) - set(dataset.evaluated)
     assert all(pair.output is not None for task in trained for pair in dataset.tasks[task].test)
 
 
@@ -168,7 +168,7 @@ def test_what_does_not_fit_the_canvas_is_counted_and_answers_do_not_decide(
     meta = prepare(configure(data={"max_side": 3}).data, tmp_path / "d", lines.append)
     assert [task.id for task in Dataset.open(tmp_path / "d").tasks] == ["74dd1130", *sorted(ASKED)]
     assert meta["excluded"] == {"too_large": 3, "leaking": []}
-    assert meta["evaluation"] == {"asked": 3, "of": 4}
+    assert meta["evaluation"] == {"evaluated": 3, "of": 4}
     assert "3 of 7 tasks do not fit a canvas of side 3: left out" in lines
     with pytest.raises(UserError, match=r"data\.max_side=1: no task fits"):
         prepare(configure(data={"max_side": 1}).data, tmp_path / "d", quiet)

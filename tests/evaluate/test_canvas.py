@@ -150,7 +150,7 @@ def test_what_was_trained_on_the_full_canvas_is_evaluated_on_smaller_ones(root: 
         assert says in protocol["canvas"] and protocol["puzzle ids"] == "as trained"
         assert f"canvas: {protocol['canvas']}" in describe(outcomes[canvas].results)
         assert len(asked[canvas]) == 3 and all(q.identifiers for q in asked[canvas])
-    same = ("dataset fingerprint", "asked", "test outputs asked", "training data")
+    same = ("dataset fingerprint", "evaluated", "test outputs evaluated", "training data")
     for key in same:
         assert full.results["protocol"][key] == bucketed.results["protocol"][key]
     answers = [predictions(outcomes[canvas].folder) for canvas in CANVASES]
@@ -219,7 +219,7 @@ def test_a_weight_for_every_cell_is_not_asked_on_a_smaller_canvas(root: Path) ->
 def test_the_canvas_in_a_protocol_is_that_of_the_tasks_that_were_asked(root: Path) -> None:
     """The first in order has 12 cells a side: of the others nothing was asked."""
     outcome = quietly(config_on(root, "bucketed", evaluation={"limit": 1}))
-    assert outcome.results["protocol"]["asked"].startswith("a subset: 1 of 3")
+    assert outcome.results["protocol"]["evaluated"].startswith("a subset: 1 of 3")
     assert "11" not in outcome.results["protocol"]["canvas"]
 
 
@@ -257,7 +257,7 @@ def test_a_hybrid_is_asked_on_the_small_canvas(
         )
         return turns
 
-    monkeypatch.setattr(HybridPredictor, "_play", spy)
+    monkeypatch.setattr(HybridPredictor, "_run_attempts", spy)
     outcome = quietly(hybrid_asked(source))
     assert cells == {task: {side**2} for task, side in SIDES.items()}
     assert outcome.results["notes"] == []

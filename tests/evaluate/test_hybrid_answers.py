@@ -142,9 +142,9 @@ def test_puzzle_rows_are_those_of_the_views_or_blank(
     dataset = Dataset.open(hybrid.data_folder)
     evaluation = {"limit": 1, "variants": 2}
     quietly(ask_hybrid(evaluation=evaluation, **SILENT))
-    first = int(dataset.first_variant[dataset.asked[0]]) + 1
+    first = int(dataset.first_variant[dataset.evaluated[0]]) + 1
     voting, spare = begun
-    tests = len(dataset.tasks[dataset.asked[0]].test)
+    tests = len(dataset.tasks[dataset.evaluated[0]].test)
     assert torch.equal(voting, table[first : first + 2].repeat_interleave(tests, 0))
     assert torch.equal(spare, table[first + 2 : first + VIEWS].repeat_interleave(tests, 0))
     begun.clear()
@@ -327,7 +327,7 @@ def test_encodings_made_beforehand_answer_the_same(
     now = quietly(ask_hybrid("now", **two))
     llama, cluster = {"prompt_cache": True}, {"num_workers": 0}
     config = ask_hybrid("before", llama=llama, paths=paths, cluster=cluster, **two)
-    launch.encode(config)
+    launch.cache_prompts(config)
     torch.set_num_threads(1)
     monkeypatch.setattr(Backbone, "_encode", None)  # called, it would raise
     assert rounded(quietly(config)) == rounded(now)

@@ -166,7 +166,7 @@ def test_held_out_demonstrations_are_in_no_row_and_no_prompt(
     hybrid: Config, ask_hybrid: Ask, read_tasks: list[Task]
 ) -> None:
     dataset = Dataset.open(hybrid.data_folder)
-    held_out = {task: dataset.held_out(task) for task in dataset.asked}
+    held_out = {task: dataset.held_out(task) for task in dataset.evaluated}
     assert {len(pairs) for pairs in held_out.values()} == {1}
     kept = {pair_hash(pair) for pairs in held_out.values() for pair in pairs}
     in_views = {

@@ -144,7 +144,7 @@ def test_every_task_is_asked_without_answers_in_all_its_views(select_questions: 
     evaluate(config, recording(asked))
     dataset = Dataset.open(config.data_folder)
     assert [question.task.id for question in asked] == sorted(ASKED)
-    for question, task in zip(asked, dataset.asked, strict=True):
+    for question, task in zip(asked, dataset.evaluated, strict=True):
         assert question.task == dataset.tasks[task].without_answers()
         named = [dataset.augmentation(n - 1) for n in question.identifiers]
         assert list(question.views) == named and len(named) == 6
@@ -240,15 +240,15 @@ def test_the_second_attempt_counts_and_the_third_does_not(select_questions: Ask,
 
 def test_a_subset_is_called_one(select_questions: Ask, arc1: Arc) -> None:
     whole = evaluate(select_questions(run="whole"), answering({}))
-    assert whole.results["protocol"]["asked"] == "3 of 3 tasks"
+    assert whole.results["protocol"]["evaluated"] == "3 of 3 tasks"
     limited = evaluate(select_questions(run="limited", limit=1), answering({}))
-    assert limited.results["protocol"]["asked"].startswith("a subset: 1 of 3 tasks")
+    assert limited.results["protocol"]["evaluated"].startswith("a subset: 1 of 3 tasks")
     assert limited.results["scores"]["pass@2"]["tasks"]["denominator"] == 1
     assert len(submission(limited)) == 1
     small = evaluate(
         select_questions([arc1[task] for task in (*ASKED, "49d1d64f")], run="small"), answering({})
     )
-    assert small.results["protocol"]["asked"] == "a subset: 3 of 4 tasks (canvas of side 3)"
+    assert small.results["protocol"]["evaluated"] == "a subset: 3 of 4 tasks (canvas of side 3)"
 
 
 def test_a_longer_limit_goes_on_where_the_shorter_one_ended(select_questions: Ask) -> None:

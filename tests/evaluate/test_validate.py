@@ -83,8 +83,8 @@ def test_tasks_are_held_out_and_nothing_of_their_tests_is_trained_on(
     fit = {task.id: task for task in load_tasks("arc1-training") if task.max_side <= side}
     here = {task.id for task in dataset.tasks}
     assert here | set(meta["excluded"]["leaking"]) == fit.keys()
-    assert len(dataset.asked) == 7 == meta["counts"]["evaluation_tasks"]
-    held = [fit[dataset.tasks[row].id] for row in dataset.asked]
+    assert len(dataset.evaluated) == 7 == meta["counts"]["evaluation_tasks"]
+    held = [fit[dataset.tasks[row].id] for row in dataset.evaluated]
     trained = {pair_hash(p) for t in range(len(here)) for p in dataset.training_pairs(t)}
     for task in held:
         assert all(pair_hash(pair) not in trained for pair in task.test)
@@ -99,7 +99,7 @@ def test_the_seed_decides_who_is_held_out(tmp_path: Path) -> None:
         config = experiment(tmp_path, data=data, paths={"data": str(tmp_path / name)})
         prepare(config.data, config.data_folder, silent)
         dataset = Dataset.open(config.data_folder)
-        return {dataset.tasks[row].id for row in dataset.asked}
+        return {dataset.tasks[row].id for row in dataset.evaluated}
 
     assert asked("a", 0) == asked("b", 0) != asked("c", 1)
     assert len({frozenset(asked(f"s{seed}", seed)) for seed in range(3)}) > 1
@@ -122,7 +122,7 @@ def test_a_training_task_that_holds_a_held_out_test_is_refused_or_dropped(
     dataset = Dataset.open(config.data_folder, answers=True)
     assert dropped and not {task.id for task in dataset.tasks} & set(dropped)
     trained = {pair_hash(p) for t in range(len(dataset.tasks)) for p in dataset.training_pairs(t)}
-    tests = {pair_hash(p) for row in dataset.asked for p in dataset.tasks[row].test}
+    tests = {pair_hash(p) for row in dataset.evaluated for p in dataset.tasks[row].test}
     assert not trained & tests
 
 
@@ -148,8 +148,10 @@ def test_a_validation_is_the_pass_at_2_of_an_evaluation(
     outcome = quietly(replace(config, evaluation=replace(config.evaluation, baseline=False)))
     scores = outcome.results["scores"]["pass@2"]
     assert scores["outputs"]["numerator"] == found.right
-    assert scores["outputs"]["denominator"] == found.asked
-    assert found.asked > 1 and found.objective == (found.right + found.cells) / (found.asked + 1)
+    assert scores["outputs"]["denominator"] == found.evaluated
+    assert found.evaluated > 1 and found.objective == (found.right + found.cells) / (
+        found.evaluated + 1
+    )
     assert validations(config)[40 if kind == "trm" else 12] == found
 
 
@@ -163,7 +165,7 @@ def test_validation_changes_nothing_of_training(
     kind: str, root: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     validating: Config = request.getfixturevalue(kind)
-    unseen = Validation(right=0, asked=1, cells=0.0)
+    unseen = Validation(right=0, evaluated=1, cells=0.0)
     for module in (Pretraining, Joint):
         monkeypatch.setattr(module, "validate", lambda self, checkpoint: unseen)
     config = replace(validating, logging=replace(validating.logging, run=f"{kind}-unvalidated"))
@@ -200,7 +202,9 @@ def test_attempts_are_the_same_whatever_the_answers_are(
     monkeypatch.setattr(Dataset, "open", staticmethod(poisoned))
     garbage = validate(oracle, last(hybrid), CPU.device)
     assert seen == made and len(seen) == HELD
-    assert garbage.asked == honest.asked and garbage.cells != honest.cells, "nothing compared"
+    assert garbage.evaluated == honest.evaluated and garbage.cells != honest.cells, (
+        "nothing compared"
+    )
 
 
 def test_with_an_oracle_in_training_validation_asks_without(root: Path) -> None:
@@ -265,11 +269,11 @@ def test_cells_count_where_both_grids_have_them(
 
 
 def test_one_output_more_outweighs_any_share_of_cells() -> None:
-    few = Validation(right=2, asked=9, cells=1.0)
-    more = Validation(right=3, asked=9, cells=0.0)
+    few = Validation(right=2, evaluated=9, cells=1.0)
+    more = Validation(right=3, evaluated=9, cells=0.0)
     assert few.objective <= more.objective
-    assert Validation(right=9, asked=9, cells=1.0).objective == 1.0
+    assert Validation(right=9, evaluated=9, cells=1.0).objective == 1.0
     assert (
-        Validation(right=2, asked=9, cells=0.4).objective
-        < Validation(right=2, asked=9, cells=0.5).objective
+        Validation(right=2, evaluated=9, cells=0.4).objective
+        < Validation(right=2, evaluated=9, cells=0.5).objective
     )

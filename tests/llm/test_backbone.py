@@ -54,7 +54,7 @@ def test_encoded_once_is_everything_in_one_forward(
 ) -> None:
     backbone = tiny(prefix=prefix, batch_size=batch_size)
     latent = latents(backbone, len(PROBLEMS))
-    found = backbone.read(backbone.encode(PROBLEMS), latent, TEXTS, recompute=recompute)
+    found = backbone.read(backbone.prefill(PROBLEMS), latent, TEXTS, recompute=recompute)
     wanted = naive(one_forward, backbone, latent)
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, wanted, **EXACT)
@@ -68,7 +68,7 @@ def test_a_batch_without_padding_is_exact_too(tiny: Tiny, one_forward: Any) -> N
     backbone = tiny()
     latent = latents(backbone, 2)
     problems, texts = ([5, 6, 7], [8, 9, 10]), ([11, 12], [13, 14])
-    found = backbone.read(backbone.encode(problems), latent, texts)
+    found = backbone.read(backbone.prefill(problems), latent, texts)
     rows = zip(problems, latent, texts, strict=True)
     wanted = torch.stack([one_forward(backbone, *row)[-1] for row in rows])
     torch.testing.assert_close(found, wanted, **EXACT)
@@ -79,7 +79,7 @@ def test_the_latent_stands_between_the_problem_and_the_text(tiny: Tiny, one_forw
     """The place is told apart: anywhere else gives another hidden state."""
     backbone = tiny()
     latent = latents(backbone, 1)
-    found = backbone.read(backbone.encode([PROBLEMS[0]]), latent, [TEXTS[0]])[0]
+    found = backbone.read(backbone.prefill([PROBLEMS[0]]), latent, [TEXTS[0]])[0]
     other = one_forward(backbone, latent[0], PROBLEMS[0], TEXTS[0])[-1]
     assert (found - other).abs().max() > 1e-3
     assert (found - one_forward(backbone, PROBLEMS[0], TEXTS[0])[-1]).abs().max() > 1e-3
@@ -87,7 +87,7 @@ def test_the_latent_stands_between_the_problem_and_the_text(tiny: Tiny, one_forw
 
 def test_an_attempt_leaves_the_encoding_as_it_was(tiny: Tiny) -> None:
     backbone = tiny()
-    encoding, latent = backbone.encode(PROBLEMS), latents(backbone, len(PROBLEMS))
+    encoding, latent = backbone.prefill(PROBLEMS), latents(backbone, len(PROBLEMS))
     before = [tensor.clone() for layer in encoding.layers for tensor in layer]
     first = backbone.read(encoding, latent, TEXTS)
     first.sum().backward()
@@ -108,7 +108,7 @@ def test_problems_of_like_length_share_a_batch(tiny: Tiny, monkeypatch: pytest.M
         return made
 
     monkeypatch.setattr(backbone, "_encode", counted)
-    encoding = backbone.encode(PROBLEMS)
+    encoding = backbone.prefill(PROBLEMS)
     assert sorted(shapes) == [(2, 2), (2, 9)], "28 tokens in the order they come"
     told = [row[mask].tolist() for row, mask in zip(encoding.tokens, encoding.mask, strict=True)]
     assert told == list(PROBLEMS)
@@ -117,14 +117,14 @@ def test_problems_of_like_length_share_a_batch(tiny: Tiny, monkeypatch: pytest.M
 def test_take_and_join_change_no_row(tiny: Tiny) -> None:
     """Rows taken in any order, twice too, and put together from problems of other lengths."""
     backbone = tiny()
-    encoding, latent = backbone.encode(PROBLEMS), latents(backbone, len(PROBLEMS))
+    encoding, latent = backbone.prefill(PROBLEMS), latents(backbone, len(PROBLEMS))
     whole = backbone.read(encoding, latent, TEXTS)
     order = [3, 1, 1, 2]
     taken = backbone.read(
         encoding.take(torch.tensor(order)), latent[order], [TEXTS[n] for n in order]
     )
     torch.testing.assert_close(taken, whole[order], **EXACT)
-    parts = [backbone.encode([PROBLEMS[1]]), backbone.encode(PROBLEMS[2:]), encoding]
+    parts = [backbone.prefill([PROBLEMS[1]]), backbone.prefill(PROBLEMS[2:]), encoding]
     joined = PromptCache.join(parts)
     assert len(joined) == 7 and joined.mask.sum(1).tolist() == [2, 9, 1, 5, 2, 9, 1]
     rows = [1, 2, 3, 0, 1, 2, 3]
@@ -135,7 +135,7 @@ def test_take_and_join_change_no_row(tiny: Tiny) -> None:
 @pytest.mark.parametrize("prefix", ["attempt", "problem"])
 def test_what_padding_holds_does_not_matter(tiny: Tiny, prefix: str) -> None:
     backbone = tiny(prefix=prefix)
-    encoding, latent = backbone.encode(PROBLEMS), latents(backbone, len(PROBLEMS))
+    encoding, latent = backbone.prefill(PROBLEMS), latents(backbone, len(PROBLEMS))
     padding = ~encoding.mask[:, None, :, None]
     spoiled = PromptCache(
         tokens=encoding.tokens.masked_fill(~encoding.mask, 99),
@@ -151,7 +151,7 @@ def test_a_frozen_model_gets_no_gradient_and_does_not_change(tiny: Tiny) -> None
     before = {name: value.clone() for name, value in backbone.model.state_dict().items()}
     assert not any(weight.requires_grad for weight in backbone.model.parameters())
     latent = latents(backbone, len(PROBLEMS))
-    hidden = backbone.read(backbone.encode(PROBLEMS), latent, TEXTS)
+    hidden = backbone.read(backbone.prefill(PROBLEMS), latent, TEXTS)
     loss(hidden).backward()
     assert latent.grad is not None and latent.grad.abs().sum() > 0
     assert all(weight.grad is None for weight in backbone.model.parameters())
@@ -168,7 +168,7 @@ def test_an_unfrozen_model_gets_the_gradient_of_one_forward(
     backbone = tiny(frozen=False, prefix=prefix)
     latent = latents(backbone, len(PROBLEMS))
     weights = dict(backbone.model.model.named_parameters())
-    found = loss(backbone.read(backbone.encode(PROBLEMS), latent, TEXTS))
+    found = loss(backbone.read(backbone.prefill(PROBLEMS), latent, TEXTS))
     wanted = loss(naive(one_forward, backbone, latent))
     found_slopes = torch.autograd.grad(found, list(weights.values()))
     wanted_slopes = torch.autograd.grad(wanted, list(weights.values()))
@@ -224,12 +224,12 @@ def test_greedy_text_is_that_of_each_row_alone_and_stops_at_its_end(
     backbone.tokenizer.eos_token = None
     endless = [by_hand(one_forward, backbone, row, latent, 12) for row in range(len(PROBLEMS))]
     assert len({token for row in endless for token in row}) > 8, "too dull to tell rows apart"
-    assert backbone.generate(backbone.encode(PROBLEMS), latent, TEXTS, 12) == endless
+    assert backbone.generate(backbone.prefill(PROBLEMS), latent, TEXTS, 12) == endless
     end = endless[1][4]
     backbone.model.generation_config.eos_token_id = end
     wanted = [row[: row.index(end)] if end in row else row for row in endless]
     assert len({len(row) for row in wanted}) > 1, "all rows end together"
-    encoding = backbone.encode(PROBLEMS)
+    encoding = backbone.prefill(PROBLEMS)
     assert backbone.generate(encoding, latent, TEXTS, 12) == wanted
     for row in range(len(PROBLEMS)):
         assert by_hand(one_forward, backbone, row, latent, 12) == wanted[row]
@@ -244,7 +244,7 @@ def test_greedy_text_is_that_of_each_row_alone_and_stops_at_its_end(
 def test_every_end_token_ends(tiny: Tiny, where: str) -> None:
     """LLaMA's instruct models have several, and the tokenizer may know another."""
     backbone = tiny()
-    encoding, latent = backbone.encode(PROBLEMS[:1]), latents(backbone, 1)
+    encoding, latent = backbone.prefill(PROBLEMS[:1]), latents(backbone, 1)
     [endless] = backbone.generate(encoding, latent, TEXTS[:1], 6)
     end, unseen = endless[3], 255
     if where == "list":
@@ -273,7 +273,7 @@ def test_smollm2_encoded_once_is_everything_in_one_forward(
 ) -> None:
     problems, texts = real
     latent = latents(smollm2, 2)
-    found = smollm2.read(smollm2.encode(problems), latent, texts)
+    found = smollm2.read(smollm2.prefill(problems), latent, texts)
     rows = zip(problems, latent, texts, strict=True)
     wanted = torch.stack([one_forward(smollm2, *row)[-1] for row in rows])
     assert found.dtype == torch.float32
@@ -289,6 +289,6 @@ def test_smollm2_knows_the_capital_of_france(smollm2: Backbone) -> None:
     question = smollm2.tokens(smollm2.head + "What is the capital of France?")
     nothing = torch.zeros(1, 0, smollm2.hidden_size)
     tail = smollm2.tokens(smollm2.tail)
-    [written] = smollm2.generate(smollm2.encode([question]), nothing, [tail], 24)
+    [written] = smollm2.generate(smollm2.prefill([question]), nothing, [tail], 24)
     assert "Paris" in smollm2.text(written)
     assert len(written) < 24, "its answer did not end"

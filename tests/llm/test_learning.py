@@ -26,7 +26,7 @@ def prefix(request: pytest.FixtureRequest) -> Iterator[str]:
 def hidden(backbone: Backbone, **how: Any) -> Tensor:
     generator = torch.Generator().manual_seed(3)
     latent = 0.1 * torch.randn(2, 3, backbone.hidden_size, generator=generator)
-    return backbone.read(backbone.encode(PROBLEMS), latent, TEXTS, **how)
+    return backbone.read(backbone.prefill(PROBLEMS), latent, TEXTS, **how)
 
 
 def trained(backbone: Backbone) -> dict[str, nn.Parameter]:
@@ -82,13 +82,13 @@ def test_before_it_learns_it_computes_what_a_bfloat16_model_computes(
         weight.copy_(other)
     assert learns.dtype == torch.bfloat16
     for one, other in zip(
-        learns.encode(PROBLEMS).layers, frozen.encode(PROBLEMS).layers, strict=True
+        learns.prefill(PROBLEMS).layers, frozen.prefill(PROBLEMS).layers, strict=True
     ):
         assert all(map(torch.equal, one, other))
     # Its last norm rounds once less.
     assert torch.equal(hidden(learns).bfloat16(), hidden(frozen).bfloat16())
     latent = torch.zeros(2, 0, learns.hidden_size)
-    said = [one.generate(one.encode(PROBLEMS), latent, TEXTS, 5) for one in (learns, frozen)]
+    said = [one.generate(one.prefill(PROBLEMS), latent, TEXTS, 5) for one in (learns, frozen)]
     assert said[0] == said[1]
 
 

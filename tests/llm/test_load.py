@@ -327,7 +327,8 @@ def test_a_head_that_writes_nothing_is_dropped_and_still_identifies_the_model(
     assert silent.fingerprint() != writes.fingerprint()
     latent = torch.ones(1, 2, 32)
     read = [
-        one.read(one.encode([[5, 6, 7]]), latent, [[8]]) for one in (load(folder, tmp_path), writes)
+        one.read(one.prefill([[5, 6, 7]]), latent, [[8]])
+        for one in (load(folder, tmp_path), writes)
     ]
     assert torch.equal(*read)
 

@@ -32,7 +32,7 @@ def padded(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 def read(backbone: Backbone, latent: Tensor, store: PromptCacheStore | None = None) -> list[Tensor]:
     """Hidden states and the latent's gradient."""
-    encoding = (store or backbone).encode(PROBLEMS)
+    encoding = (store or backbone).prefill(PROBLEMS)
     out = backbone.read(encoding, latent, TEXTS)
     return [out, *torch.autograd.grad(out.sin().sum(), latent)]
 
@@ -52,12 +52,12 @@ def test_padding_changes_no_number(
     backbone = tiny(prefix=prefix, batch_size=batch_size)
     latent = torch.linspace(-1, 1, 3 * 2 * 32, dtype=torch.float64).view(3, 2, 32).requires_grad_()
     plain = read(backbone, latent)
-    written = backbone.generate(backbone.encode(PROBLEMS), latent, TEXTS, 6)
+    written = backbone.generate(backbone.prefill(PROBLEMS), latent, TEXTS, 6)
     padded()
-    assert backbone.encode(PROBLEMS).tokens.shape == (3, 16)
+    assert backbone.prefill(PROBLEMS).tokens.shape == (3, 16)
     for one, other in zip(read(backbone, latent), plain, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
-    assert backbone.generate(backbone.encode(PROBLEMS), latent, TEXTS, 6) == written
+    assert backbone.generate(backbone.prefill(PROBLEMS), latent, TEXTS, 6) == written
 
 
 def test_stored_encodings_are_padded_when_they_are_joined(
@@ -69,6 +69,6 @@ def test_stored_encodings_are_padded_when_they_are_joined(
     padded()
     store = PromptCacheStore(tmp_path, backbone)
     store.add(PROBLEMS)
-    assert store.encode(PROBLEMS).tokens.shape == (3, 16)
+    assert store.prefill(PROBLEMS).tokens.shape == (3, 16)
     for one, other in zip(read(backbone, latent, store), plain, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)

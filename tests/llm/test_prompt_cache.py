@@ -41,7 +41,7 @@ def test_what_is_stored_is_what_would_be_made(tiny: Tiny, tmp_path: Path) -> Non
     backbone = tiny()
     assert PromptCacheStore(tmp_path, backbone).add(PROBLEMS) == 4
     store = PromptCacheStore(tmp_path, backbone)
-    stored, live = store.encode(PROBLEMS), backbone.encode(PROBLEMS)
+    stored, live = store.prefill(PROBLEMS), backbone.prefill(PROBLEMS)
     for problem in PROBLEMS:
         kept = load_file(store.path(problem))
         assert set(kept) == {"keys", "values"}
@@ -60,8 +60,8 @@ def test_it_is_read_back_to_the_bit(tiny: Tiny, tmp_path: Path, dtype: str) -> N
     store = PromptCacheStore(tmp_path, backbone)
     for problem in PROBLEMS:
         assert store.add([problem]) == 1
-        live = backbone.encode([problem])
-        for stored in (store.encode([problem]), store.encode([problem])):
+        live = backbone.prefill([problem])
+        for stored in (store.prefill([problem]), store.prefill([problem])):
             assert all(map(torch.equal, tensors(stored), tensors(live)))
 
 
@@ -73,7 +73,7 @@ def test_rows_keep_their_order_when_some_are_there(
     backbone = tiny()
     store = PromptCacheStore(tmp_path, backbone)
     store.add([PROBLEMS[n] for n in there])
-    wanted = backbone.encode(PROBLEMS)
+    wanted = backbone.prefill(PROBLEMS)
     made: list[list[int]] = []
     encode = backbone.encode
 
@@ -82,7 +82,7 @@ def test_rows_keep_their_order_when_some_are_there(
         return encode(problems)
 
     monkeypatch.setattr(backbone, "encode", watched)
-    found = store.encode(PROBLEMS)
+    found = store.prefill(PROBLEMS)
     assert made == [problem for n, problem in enumerate(PROBLEMS) if n not in there]
     for one, other in zip(tensors(found), tensors(wanted), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
@@ -101,7 +101,7 @@ def test_add_skips_what_is_there(tiny: Tiny, tmp_path: Path) -> None:
 def test_a_problem_given_twice_is_made_once(tiny: Tiny, tmp_path: Path) -> None:
     store = PromptCacheStore(tmp_path, tiny())
     assert store.add([PROBLEMS[0], PROBLEMS[1], PROBLEMS[0]]) == 2
-    encoding = store.encode([PROBLEMS[0], PROBLEMS[1], PROBLEMS[0]])
+    encoding = store.prefill([PROBLEMS[0], PROBLEMS[1], PROBLEMS[0]])
     assert encoding.mask.sum(1).tolist() == [5, 2, 5]
 
 
@@ -112,7 +112,7 @@ def test_a_truncated_file_is_named(tiny: Tiny, tmp_path: Path, kept: int) -> Non
     path = store.path(PROBLEMS[2])
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(UserError) as caught:
-        store.encode(PROBLEMS)
+        store.prefill(PROBLEMS)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     assert "delete it" in str(caught.value)
 
@@ -166,14 +166,14 @@ def test_a_reader_reads_them_when_the_config_says_so(
     reader = open_reader(LlamaConfig(model="tiny-random", prompt_cache=True), device, **places)
     assert isinstance(reader, Reader) and reader.store is not None
     prompts = [reader.prompt(arc1[name]) for name in ("25ff71a9", "d037b0a7")]
-    live = reader.encode(prompts)
+    live = reader.prefill(prompts)
     assert not list(tmp_path.iterdir()), "reading wrote something"
     reader.store.add([prompt.tokens for prompt in prompts])
     reader.backbone.encode = None  # type: ignore[assignment, method-assign]
-    for one, other in zip(tensors(reader.encode(prompts)), tensors(live), strict=True):
+    for one, other in zip(tensors(reader.prefill(prompts)), tensors(live), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     plain = open_reader(LlamaConfig(model="tiny-random"), device, **places)
-    assert plain.store is None and plain.encode(prompts) is not None
+    assert plain.store is None and plain.prefill(prompts) is not None
 
 
 def test_smollm2_is_read_alike_from_disk(
@@ -183,6 +183,6 @@ def test_smollm2_is_read_alike_from_disk(
     problems = [reader.prompt(arc1[name]).tokens for name in ("25ff71a9", "d037b0a7")]
     store = PromptCacheStore(tmp_path, smollm2)
     store.add(problems)
-    found = read(smollm2, store.encode(problems))
-    wanted = read(smollm2, smollm2.encode(problems))
+    found = read(smollm2, store.prefill(problems))
+    wanted = read(smollm2, smollm2.prefill(problems))
     assert ((found - wanted).norm(dim=1) / wanted.norm(dim=1)).max() < 1e-4

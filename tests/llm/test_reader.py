@@ -38,7 +38,7 @@ def encoded(reader: Reader, tasks: list[Task]) -> tuple[Any, Tensor]:
         len(tasks), 2, backbone.hidden_size, generator=torch.Generator().manual_seed(5)
     )
     latent = (latent * backbone.embedding_scale).to(backbone.dtype)
-    return reader.encode([reader.prompt(task) for task in tasks]), latent.requires_grad_()
+    return reader.prefill([reader.prompt(task) for task in tasks]), latent.requires_grad_()
 
 
 # The prompt

@@ -75,7 +75,7 @@ def read(backbone: Backbone, encoding: PromptCache, recompute: bool) -> tuple[in
 def test_numbers_are_the_same_to_the_bit(prefix: str, frozen: bool) -> None:
     backbone = deep(prefix=prefix, frozen=frozen)
     kept, again = (
-        read(backbone, backbone.encode(problems(40)), recompute)[1] for recompute in (False, True)
+        read(backbone, backbone.prefill(problems(40)), recompute)[1] for recompute in (False, True)
     )
     assert all(map(torch.equal, kept, again))
     assert all(slope.any() for slope in again[1:])
@@ -84,7 +84,7 @@ def test_numbers_are_the_same_to_the_bit(prefix: str, frozen: bool) -> None:
 @pytest.mark.parametrize("prefix", ["attempt", "problem"])
 def test_backward_keeps_one_input_a_layer(prefix: str) -> None:
     backbone = deep(prefix=prefix)
-    encoding = backbone.encode(problems(400))
+    encoding = backbone.prefill(problems(400))
     kept, again = (read(backbone, encoding, recompute)[0] for recompute in (False, True))
     positions = 2 * (3 + 5 + (400 if prefix == "problem" else 0))
     inputs = LAYERS * positions * WIDTH * 4
@@ -107,7 +107,7 @@ def peak(run: Callable[[], object]) -> int:
 def test_backward_needs_one_layer_at_a_time(prefix: str) -> None:
     """Where the decoder is recomputed as a whole, its peak is that of keeping everything."""
     backbone = deep(prefix=prefix)
-    encoding = backbone.encode(problems(400))
+    encoding = backbone.prefill(problems(400))
     kept, again = (
         peak(partial(read, backbone, encoding, recompute)) for recompute in (False, True)
     )
@@ -116,11 +116,11 @@ def test_backward_needs_one_layer_at_a_time(prefix: str) -> None:
 
 def test_a_problem_that_is_learned_from_keeps_one_input_a_layer_and_its_cache() -> None:
     backbone = deep(frozen=False)
-    held, _ = saved_bytes(lambda: backbone.encode(problems(400)).layers[-1][0])
+    held, _ = saved_bytes(lambda: backbone.prefill(problems(400)).layers[-1][0])
     assert held < 1.5 * LAYERS * 2 * 400 * WIDTH * 4
 
 
 def test_the_decoder_is_left_as_it_was() -> None:
     backbone = deep()
-    read(backbone, backbone.encode(problems(20)), recompute=True)
+    read(backbone, backbone.prefill(problems(20)), recompute=True)
     assert not any("forward" in vars(layer) for layer in backbone.model.model.layers)

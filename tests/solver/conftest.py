@@ -40,7 +40,7 @@ class Case:
             index = torch.tensor(kept)
             rows, prompts = rows[index], [prompts[n] for n in kept]
             batch = {name: value[index] for name, value in batch.items()}
-        return self.solver.begin(batch, rows, self.solver.reader.encode(prompts))
+        return self.solver.begin(batch, rows, self.solver.reader.prefill(prompts))
 
 
 Cases = Callable[..., Case]

@@ -55,12 +55,12 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], dict[str, list[Any]]
     """What reader and TRM are given, call by call."""
 
     def watch(case: Any) -> dict[str, list[Any]]:
-        calls: dict[str, list[Any]] = {"think": [], "read": []}
+        calls: dict[str, list[Any]] = {"recurse": [], "read": []}
         recurse, read = case.solver.trm.recurse, case.solver.reader.read
 
         def thinking(current: Any, z_H: Tensor, z_L: Tensor, **more: Any) -> Any:
             sizes = {len(z_H), len(z_L), *map(len, current.values()), len(more["puzzle_rows"])}
-            calls["think"].append(sizes)
+            calls["recurse"].append(sizes)
             return recurse(current, z_H, z_L, **more)
 
         def reading(encoding: Any, latent: Tensor, histories: Any, recompute: bool) -> Any:
@@ -68,7 +68,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], dict[str, list[Any]]
             calls["read"].append(histories)
             return read(encoding, latent, histories, recompute)
 
-        monkeypatch.setattr(case.solver.trm, "think", thinking)
+        monkeypatch.setattr(case.solver.trm, "recurse", thinking)
         monkeypatch.setattr(case.solver.reader, "read", reading)
         return calls
 
@@ -129,7 +129,7 @@ def test_rows_that_stop_cost_nothing_more(case_of: Cases, spy: Any) -> None:
     calls = spy(case)
     made = run(case, Script(2, 1, 4, 2), 6)
     assert [one.rows.numbers.tolist() for one in made] == [[0, 1, 2, 3], [0, 2, 3], [2], [2]]
-    assert calls["think"] == [{4}, {4}, {3}, {3}, {1}, {1}, {1}, {1}]
+    assert calls["recurse"] == [{4}, {4}, {3}, {3}, {1}, {1}, {1}, {1}]
     assert [len(lines) for lines in calls["read"]] == [4, 3, 1, 1]
     assert [one.ended.tolist() for one in made] == [
         [False, True, False, False],
@@ -218,7 +218,7 @@ def test_nobody_reads_for_a_trm_alone(case_of: Cases, spy: Any) -> None:
     case = case_of(inject="none")
     calls = spy(case)
     made = run(case, Script(1, 2, 2), 3)
-    assert calls["read"] == [] and len(calls["think"]) == 2
+    assert calls["read"] == [] and len(calls["recurse"]) == 2
     assert made[0].reading.hidden is None and made[0].reading.latent is None
     assert made[0].reading.llm_tokens == [0] * 3 and made[0].reading.reasoning == [""] * 3
 

@@ -133,7 +133,7 @@ def as_published(monkeypatch: pytest.MonkeyPatch) -> None:
     def last_cycle_only(*args: Any, **kwargs: Any) -> Any:
         return recurse(*args, **{**kwargs, "full_gradient": False})
 
-    monkeypatch.setattr(TRM, "think", last_cycle_only)
+    monkeypatch.setattr(TRM, "recurse", last_cycle_only)
 
 
 @pytest.mark.parametrize("cycles", [2, 3])

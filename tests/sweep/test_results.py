@@ -37,7 +37,7 @@ def trial(name: str, right: int | None = 0, cells: float = 0.5, **more: Any) -> 
     curve = {}
     if right is not None:
         curve = {
-            step: Validation(right=right, asked=9, cells=cells * step / 12) for step in (4, 12)
+            step: Validation(right=right, evaluated=9, cells=cells * step / 12) for step in (4, 12)
         }
     fixed = {"values": {HIDDEN.key: 8, LR.key: 1e-3}, "status": "done", "seconds": 1.5}
     return Trial(name=name, curve=curve, **(fixed | more))
@@ -57,7 +57,10 @@ def test_the_best_is_first_and_equals_are_in_the_order_of_names() -> None:
 
 
 def test_a_trial_is_judged_by_its_newest_validation() -> None:
-    curve = {12: Validation(right=1, asked=9, cells=0), 4: Validation(right=5, asked=9, cells=0)}
+    curve = {
+        12: Validation(right=1, evaluated=9, cells=0),
+        4: Validation(right=5, evaluated=9, cells=0),
+    }
     late = Trial(name="a", values={}, status="done", curve=curve, seconds=0)
     assert late.step == 12 and late.last is not None and late.last.right == 1
     empty = Trial(name="a", values={}, status="failed", curve={}, seconds=0)

@@ -137,7 +137,7 @@ def test_a_sweep_ranks_its_trials_and_writes_everything(finished: Path) -> None:
     said, folder = (finished / "said").read_text(), finished / "runs" / "sweep"
     rows = ranking(finished)
     assert len(rows) == 3 and {row["status"] for row in rows} == {"done"}
-    assert [row["step"] for row in rows] == [12] * 3 and all(row["asked"] >= 5 for row in rows)
+    assert [row["step"] for row in rows] == [12] * 3 and all(row["evaluated"] >= 5 for row in rows)
     objectives = [row["objective"] for row in rows]
     assert objectives == sorted(objectives, reverse=True)
     assert len(set(objectives)) > 1, "trials that end alike would rank alike whatever the code does"

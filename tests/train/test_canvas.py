@@ -22,11 +22,10 @@ from helpers import (
     undecided,
     write_tasks,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hybrid.arc import Task
-from hybrid.checkpoint import read, seal
 from hybrid.config import Config, EvaluationConfig
 from hybrid.context import LocalContext
 from hybrid.dataset import Dataset, Stream, prepare
@@ -177,7 +176,7 @@ def test_twelve_steps_on_mixed_canvases_are_those_of_every_slot_alone(
                 assert not kept[side**2 :].any(), name
         assert torch.equal(state.carry.current["side"], sides)
     assert mixed > STEPS // 2 and uneven > 3, "the rows were all alike: nothing was tried"
-    assert turned == {(11, 11), (12, 12)}, "a slot changed its canvas"
+    assert turned == {(11, 11), (11, 12), (12, 11), (12, 12)}, "no slot changed its canvas"
 
 
 @pytest.mark.parametrize("canvas", ["full", "bucketed"])
@@ -336,31 +335,6 @@ def test_another_dataset_is_refused_whatever_the_config_says(untold: Config, roo
     full = replace(untold, paths=replace(untold.paths, data=str(root / "full")))
     with pytest.raises(UserError, match=r"holds a run with data\.canvas=bucketed"):
         check(full, "trm", SECTIONS)
-
-
-@pytest.mark.parametrize("canvas", ["full", "bucketed"])
-def test_a_run_whose_rows_came_in_another_order_is_refused_in_one_line(
-    root: Path, canvas: str
-) -> None:
-    """Fingerprint and FORMAT are today's. On the full canvas the run is older than canvases and its
-    slots have no side; on bucketed ones its slots took rows of any side.
-    """
-    first = config_on(root, canvas, f"old-{canvas}", training={"steps": 1})
-    whole = read(pretrain(first, CPU).checkpoint)
-    partial = shutil.copytree(whole.folder, whole.folder.with_suffix(".partial"))
-    (partial / "state.json").unlink()
-    described = {k: v for k, v in whole.state.items() if k not in ("format", "files")}
-    del described["dataset"]["row_order"]
-    if canvas == "full":
-        del described["config"]["data"]["canvas"], described["dataset"]["canvas"]
-        for path in partial.glob("slots_*"):
-            slots = load_file(path)
-            del slots["current.side"]
-            save_file(slots, path)
-    seal(partial, whole.folder, described, {})
-    with pytest.raises(UserError, match=r"of an older version.*trm\.init_from") as error:
-        pretrain(config_on(root, canvas, f"old-{canvas}", training={"steps": 2}), CPU)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("canvas", "refused"), [("bucketed", True), ("full", False)])

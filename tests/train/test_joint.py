@@ -152,7 +152,7 @@ def test_a_checkpoint_holds_the_name_of_the_frozen_model_and_not_its_weights(
     kept = tensors(result.checkpoint)
     assert not [name for name in kept if "llama" in name or "lm." in name]
     model = module.reader.backbone.model
-    for name in ("model", "average"):
+    for name in ("model", "ema"):
         own = read(result.checkpoint).tensors(name)
         assert {part.split(".")[0] for part in own} == {"trm", "to_latent", "to_text"}
         size = (result.checkpoint / f"{name}.safetensors").stat().st_size

@@ -100,7 +100,7 @@ def test_a_step_on_mixed_canvases_is_the_sum_of_its_rows_alone(
     for name, value in module.solver.state_dict().items():
         assert torch.equal(value, alone.solver.state_dict()[name]), name
     assert all(torch.equal(value, same[name]) for name, value in batch.items())
-    assert batch["side"].tolist() == [11, 12, 11, 12, 11, 12]
+    assert batch["side"].tolist() == [12, 12, 12, 11, 11, 11]
     given: list[Tensor] = []
     monkeypatch.setattr(
         "hybrid.train.update.sign_sgd_",
@@ -112,16 +112,14 @@ def test_a_step_on_mixed_canvases_is_the_sum_of_its_rows_alone(
     alone.solver.train()
     least = alone._least().tolist()
     assert alone.reader is not None
-    problems = alone.stream.problems(
-        alone.stream.positions(np.zeros(6, np.int64), np.array(SIX), 6)
-    )
+    problems = alone.stream.problems(np.array(SIX))
     rows, made, loss = [], 0, 0.0
     for n, side in enumerate(batch["side"].tolist()):
         row = {name: value[n : n + 1] for name, value in batch.items()}
         row |= {name: row[name][:, : side**2] for name in ("inputs", "labels")}
         ids = batch["puzzle_identifiers"][n : n + 1].long()
         puzzle_rows = alone.state.trm.puzzle_table[ids].requires_grad_()
-        encoding = alone.reader.encode([alone.reader.prompt(problems[n])])
+        encoding = alone.reader.prefill([alone.reader.prompt(problems[n])])
         window = torch.zeros(())
         for attempt in attempts(
             alone.solver,
@@ -151,7 +149,7 @@ def test_a_step_on_mixed_canvases_is_the_sum_of_its_rows_alone(
         assert theirs is not None and theirs.any(), name
         torch.testing.assert_close(weight.grad, theirs, rtol=1e-4, atol=1e-7, msg=name)
     torch.testing.assert_close(given[0], torch.cat(rows), rtol=1e-4, atol=1e-8)
-    assert float(sums["asked"]) == made
+    assert float(sums["attempts"]) == made
     assert 6 < made < 18 if source == "confidence" else made == 18
     assert float(sums["lm_loss"] + 0.5 * sums["q_halt_loss"]) == pytest.approx(loss, rel=1e-6)
 
@@ -203,7 +201,7 @@ def test_a_probe_plays_each_row_on_its_own_canvas(root: Path) -> None:
         module, _ = module_of(config)
         with torch.no_grad():
             module.state.trm.lm_head.weight.normal_(generator=torch.Generator().manual_seed(8))
-        said.append(module.probe(module.stream, 9))
+        said.append(module.predict_training_pairs(module.stream, 9))
     assert set(said[0]["side"].tolist()) == {11, 12}
     assert np.array_equal(said[0]["said"], said[1]["said"])
     for n, side in enumerate(said[0]["side"].tolist()):

@@ -39,7 +39,7 @@ class Kept(Joint):
 def hidden(reader: Reader) -> Tensor:
     backbone = reader.backbone
     latent = torch.full((1, 2, backbone.hidden_size), backbone.embedding_scale)
-    return backbone.read(backbone.encode([PROBLEM]), latent, [TEXT])
+    return backbone.read(backbone.prefill([PROBLEM]), latent, [TEXT])
 
 
 def test_thirty_small_steps_move_every_weight_and_are_what_an_evaluation_reads(
@@ -53,12 +53,12 @@ def test_thirty_small_steps_move_every_weight_and_are_what_an_evaluation_reads(
     result = train(config, CPU, Kept)
     module = Kept.made
     assert module.reader is not None and module.reader.backbone.dtype == torch.bfloat16
-    kept = {part: read(result.checkpoint).tensors(part) for part in ("model", "average")}
+    kept = {part: read(result.checkpoint).tensors(part) for part in ("model", "ema")}
     for name, weight in module.llama().items():
         had_gradient = module.state.optimizer.v[name] > 0
         assert had_gradient.any(), name
         assert (weight != module.before[name])[had_gradient].all(), name
-        moved = kept["average"][name] != module.before[name]
+        moved = kept["ema"][name] != module.before[name]
         assert moved[had_gradient].float().mean() > 0.99, name
         assert {tensors[name].dtype for tensors in kept.values()} == {torch.float32}
     answerer = HybridPredictor(read(result.checkpoint), config, CPU.device)

@@ -107,14 +107,14 @@ def test_encodings_made_beforehand_train_the_same_and_nothing_is_encoded_again(
     now = jointly("now", **sections)
     sections["llama"] = {**EXACT["llama"], "prompt_cache": True}
     before = jointly("before", **sections)
-    said = launch.encode(replace(before, cluster=replace(before.cluster, num_workers=0)))
+    said = launch.cache_prompts(replace(before, cluster=replace(before.cluster, num_workers=0)))
     torch.set_num_threads(1)
     assert " 0 encoded now" not in said
     joint(now, CPU)
     monkeypatch.setattr(Backbone, "_encode", None)  # called, it would raise
     joint(before, CPU)
     assert_close(folder(now, 3), folder(before, 3), atol=1e-6)
-    again = launch.encode(replace(before, cluster=replace(before.cluster, num_workers=0)))
+    again = launch.cache_prompts(replace(before, cluster=replace(before.cluster, num_workers=0)))
     assert " 0 encoded now" in again
 
 
@@ -137,7 +137,7 @@ def test_a_run_begins_with_the_averaged_weights_and_table_of_another(
 ) -> None:
     found = newest(begun / "runs/begun/checkpoints")
     assert found is not None
-    model, ema, table = (found.tensors(n) for n in ("model", "average", "puzzle_table"))
+    model, ema, table = (found.tensors(n) for n in ("model", "ema", "puzzle_table"))
     assert not torch.equal(model["embed_tokens"], ema["embed_tokens"])
     new = started(jointly("a"))
     by_path = started(jointly("b", trm={"init_from": str(found.folder)}))
@@ -271,13 +271,13 @@ def test_a_frozen_trunk_stays_to_the_bit_while_puzzles_are_learned(
         for name, value in weights(step).items():
             before = new.get(name, weights(1)[name])
             assert torch.equal(value, before), f"{name} moved in step {step}"
-            if name in weights(step, "average"):
-                assert torch.equal(weights(step, "average")[name], before), name
+            if name in weights(step, "ema"):
+                assert torch.equal(weights(step, "ema")[name], before), name
     tables = [new, *(weights(step, "puzzle_table") for step in (1, 2, 3))]
     for earlier, later in pairwise(tables):
         assert not torch.equal(earlier["puzzle_table"], later["puzzle_table"])
     still = {n for n, v in weights(3).items() if torch.equal(v, weights(2)[n])}
-    assert not {name for name in still & weights(3, "average").keys() if name in new}
+    assert not {name for name in still & weights(3, "ema").keys() if name in new}
 
 
 @pytest.mark.parametrize("source", ["vote", "demos"])

@@ -148,7 +148,7 @@ def test_a_layer_keeps_what_is_counted(dtype: str, frozen: bool, masked: bool) -
         backbone = decoder(layers, dtype, frozen)
         problems = [[7] * (tokens - masked * row) for row in range(2)]
         latent = torch.zeros(2, 3, 64, requires_grad=True)
-        encoding, texts = backbone.encode(problems), [[50, 51, 52, 53, 54]] * 2
+        encoding, texts = backbone.prefill(problems), [[50, 51, 52, 53, 54]] * 2
         return saved(
             backbone.model, lambda: backbone.read(encoding, latent, texts, recompute=False)
         )

@@ -97,9 +97,11 @@ def test_probes_see_the_averaged_weights_and_training_does_not(
         seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
         return np.asarray(rows["inputs"], np.uint8)
 
-    monkeypatch.setitem(Pretraining.probe.__globals__, "said_to", read_predictions)
+    monkeypatch.setitem(
+        Pretraining.predict_training_pairs.__globals__, "predict_rows", read_predictions
+    )
     folder = train(going_on("a", training={"steps": 3})).checkpoint
-    ema, last = (load_file(folder / f"{name}.safetensors") for name in ("average", "model"))
+    ema, last = (load_file(folder / f"{name}.safetensors") for name in ("ema", "model"))
     assert len(seen) == 1
     for name, value in seen[0].items():
         assert torch.equal(value, ema[name]) and not torch.equal(value, last[name]), name

@@ -19,7 +19,7 @@ from benchmarks.golden import unpack
 from hybrid.config import Config, TrainingConfig
 from hybrid.context import LocalContext
 from hybrid.dataset import Dataset, Stream
-from hybrid.train import Result, TrainState, step
+from hybrid.train import Result, TrainState, update
 from hybrid.train.loader import SlotLoader
 from hybrid.train.pretrain import train_step
 from hybrid.train.state import fresh
@@ -86,7 +86,7 @@ def test_a_step_reads_the_device_once(monkeypatch: pytest.MonkeyPatch, micro: in
     """The host waits for the device at every read. Meta tensors have no values, so reading one is
     an error, and so is mixing them with tensors left on the CPU. Rows are on two canvases.
     """
-    monkeypatch.setattr(step, "read_flag", lambda flag: flag.is_meta)
+    monkeypatch.setattr(update, "read_flag", lambda flag: flag.is_meta)
     monkeypatch.setattr(Tensor, "to", to_anywhere)
     meta = LocalContext(torch.device("meta"))
     sizes = {"hidden_size": 16, "num_heads": 2, "puzzle_emb_ndim": 16, "halt_max_steps": 3}
@@ -122,7 +122,7 @@ PLAIN_TO = Tensor.to
 
 
 def to_anywhere(tensor: Tensor, *args: Any, **keys: Any) -> Tensor:
-    """Tensor.to, except that a meta tensor copied to the host without waiting becomes zeros."""
+    """Tensor.to, except that a meta tensor copied to the host without waiting becomes ones."""
     if tensor.is_meta and "cpu" in args:
         assert keys == {"non_blocking": True}, "the host waits for this copy"
         return torch.ones(tensor.shape, dtype=tensor.dtype)
