@@ -48,11 +48,9 @@ class LlamaConfig:
             problems.append("model must be named")
         if self.prompt_cache and not self.frozen:
             problems.append(
-                "prompt_cache of a model that is trained would be stale: set frozen=true"
+                "prompt_cache of a model that is trained would be stale: use frozen=true"
             )
         if self.prompt_cache and self.prefix == "problem":
-            problems.append(
-                "prompt_cache holds prompts without a latent before them: set prefix=attempt"
-            )
+            problems.append("prompt_cache holds prompts without a latent: set prefix=attempt")
         if problems:
             raise ValueError("\n".join(problems))

@@ -32,11 +32,11 @@ def test_attention_agrees_with_float64_to_the_rounding_of_its_dtype(dtype: str) 
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, 11, 8, generator=generator, dtype=torch.float64) for _ in "qkv")
     rounded = [part.to(getattr(torch, dtype)).requires_grad_() for part in (q, k, v)]
-    exact_match = [part.detach().double().requires_grad_() for part in rounded]
+    exact = [part.detach().double().requires_grad_() for part in rounded]
     errors = []
     for attention in (attend, F.scaled_dot_product_attention):
         out = attention(*rounded)
-        wanted = F.scaled_dot_product_attention(*exact_match)
+        wanted = F.scaled_dot_product_attention(*exact)
         found = [out, *torch.autograd.grad(out.sum(), rounded)]
         expected = [wanted, *torch.autograd.grad(wanted.sum(), exact_match)]
         errors.append(
