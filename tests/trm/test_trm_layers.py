@@ -38,7 +38,7 @@ def test_attention_agrees_with_float64_to_the_rounding_of_its_dtype(dtype: str) 
         out = attention(*rounded)
         wanted = F.scaled_dot_product_attention(*exact)
         found = [out, *torch.autograd.grad(out.sum(), rounded)]
-        expected = [wanted, *torch.autograd.grad(wanted.sum(), exact_match)]
+        expected = [wanted, *torch.autograd.grad(wanted.sum(), exact)]
         errors.append(
             max(float((a - b).detach().abs().max()) for a, b in zip(found, expected, strict=True))
         )
