@@ -96,6 +96,20 @@ def upload(path: Path, source: Path | None = None) -> None:
             )
 
 
+def write(path: Path, data: str | bytes) -> None:
+    """Write a file atomically (temporary file, then `os.replace`) and upload it.
+
+    Text is encoded as UTF-8. The parent folder must exist.
+    """
+    partial = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        partial.write_bytes(data.encode() if isinstance(data, str) else data)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    upload(path)
+
+
 def names(path: Path) -> list[str]:
     """What is in a folder, sorted; nothing where there is none."""
     found = _home(path)
