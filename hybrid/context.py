@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,8 @@ from torch import Tensor
 from hybrid.dataset import Stream
 from hybrid.dataset.stream import Rows
 from hybrid.errors import UserError
+
+T = TypeVar("T")
 
 
 class Signal(IntEnum):
@@ -47,6 +49,10 @@ class RunContext(Protocol):
 
     def gather(self, tensor: Tensor, total: int) -> Tensor:
         """[total, ...]: all workers' rows in rank order, shared out as `worker_slots` does."""
+        ...
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Return every worker's picklable `value` in rank order; every worker must call it."""
         ...
 
     def signal(self) -> Signal:
@@ -89,6 +95,10 @@ class LocalContext:
         """The tensor itself."""
         return tensor
 
+    def gather_objects(self, value: T) -> list[T]:
+        """Return a list of the value."""
+        return [value]
+
     def signal(self) -> Signal:
         """Nothing."""
         return Signal.NONE
@@ -123,6 +133,12 @@ class ProcessGroupContext(LocalContext):
         joined = tensor.new_zeros(total, *tensor.shape[1:])
         joined[mine.start : mine.stop] = tensor
         return self.sum_(joined)
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Return all workers' values; NCCL sends them from the current CUDA device."""
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
 
     def agree(self, signal: Signal) -> Signal:
         """Return the largest of all workers' signals."""
