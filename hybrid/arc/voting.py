@@ -1,4 +1,4 @@
-"""Which grid the variants of a test input agree on."""
+"""Vote over the predictions for the variants of a test input."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hybrid.arc.task import Grid
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Candidate:
-    """A distinct predicted grid with its votes and their mean confidence (0..1)."""
+    """A distinct predicted grid with its number of votes and their mean confidence (0..1)."""
 
     grid: Grid
     votes: int
@@ -21,18 +21,18 @@ class Candidate:
 
 
 def halt_confidence(halt_logits: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """The halt head's probability, sigmoid in float64: what a vote weighs in the published rule."""
+    """Return the halt probability (float64 sigmoid), a vote's confidence in the published rule."""
     logits = np.asarray(halt_logits, np.float64)
-    # Never exponentiates a positive number, so no logit overflows.
+    # The exponent is never positive, so no logit overflows.
     small = np.exp(-np.abs(logits))
     return np.where(logits >= 0, 1.0, small) / (1.0 + small)
 
 
 def vote(grids: Sequence[Grid], confidences: Sequence[float]) -> list[Candidate]:
-    """The distinct grids, most votes first, then highest mean confidence, then first to arrive.
+    """Rank the distinct grids by votes, then by mean confidence, then by order of arrival.
 
     Grids must be in the task's own orientation and colours (`Augmentation.invert`). Unlike in the
-    published evaluator a 0 x 0 grid is no vote: it means that there was no answer.
+    published evaluator, 0 x 0 grids do not vote: they mean that there was no answer.
     """
     ballots: dict[tuple[tuple[int, ...], bytes], list[int]] = {}
     for index, (grid, _) in enumerate(zip(grids, confidences, strict=True)):

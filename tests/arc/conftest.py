@@ -1,4 +1,4 @@
-"""Real tasks and hand-made tasks for the tests of hybrid.arc."""
+"""Real and hand-made tasks for the tests of hybrid.arc."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from hybrid.arc import SOURCES, Grid, Pair, Task, load_tasks
 
 @pytest.fixture(scope="session")
 def sets() -> dict[str, list[Task]]:
-    """Every embedded source by name."""
+    """Tasks of every embedded source, by source name."""
     return {name: load_tasks(name) for name in SOURCES}
 
 
 @pytest.fixture
 def toy() -> Task:
-    """Two demonstrations and two answered tests, no two grids alike."""
+    """A task with two demonstrations and two answered tests; all grids differ."""
 
     def grid(*rows: list[int]) -> Grid:
         return np.array(rows, np.uint8)

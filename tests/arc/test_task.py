@@ -12,7 +12,7 @@ from hybrid.arc import Pair, Task, grid_hash, pair_hash, parse_grid
 from hybrid.errors import UserError
 
 
-def test_hashes_are_the_published_ones(golden: Path) -> None:
+def test_hashes_match_the_published_code(golden: Path) -> None:
     recorded = json.loads((golden / "E_augment.json").read_text())
     for item in recorded["items"]:
         assert grid_hash(parse_grid(item["grid"], "grid")) == item["grid_hash"]
@@ -30,7 +30,7 @@ def test_hashes_are_the_published_ones(golden: Path) -> None:
         assert [grid_hash(pair.input) for pair in train] == entry["train_input_hashes"]
 
 
-def test_content_hash_ignores_id_order_and_split_and_sees_all_else(toy: Task) -> None:
+def test_content_hash_depends_only_on_the_multiset_of_pairs(toy: Task) -> None:
     shuffled = Task(id="other", train=toy.test[::-1], test=toy.train)
     assert shuffled.content_hash == toy.content_hash
     swapped = replace(
@@ -40,13 +40,13 @@ def test_content_hash_ignores_id_order_and_split_and_sees_all_else(toy: Task) ->
             Pair(input=toy.train[1].input, output=toy.train[0].output),
         ),
     )
-    assert swapped.content_hash != toy.content_hash, "outputs changed places"
+    assert swapped.content_hash != toy.content_hash, "swapping outputs did not change the hash"
     assert toy.without_answers().content_hash != toy.content_hash
     other_test = replace(toy, test=(replace(toy.test[0], input=toy.test[1].input), toy.test[1]))
     assert other_test.without_answers().content_hash != toy.without_answers().content_hash
 
 
-def test_pair_hash_tells_input_from_output() -> None:
+def test_pair_hash_distinguishes_input_from_output() -> None:
     wide, tall = np.zeros((1, 2), np.uint8), np.zeros((2, 1), np.uint8)
     hashes = {
         pair_hash(Pair(input=wide, output=tall)),
@@ -61,12 +61,12 @@ def test_tasks_are_equal_by_value_and_survive_pickling(toy: Task) -> None:
     assert copy == toy and hash(copy) == hash(toy)
     assert toy.without_answers() != toy
     assert Pair(input=toy.train[0].input, output=None) != toy.train[0]
-    # Same bytes in another shape are another grid.
+    # The same bytes in another shape are a different grid.
     flat = Pair(input=np.zeros((1, 4), np.uint8), output=None)
     assert flat != Pair(input=np.zeros((2, 2), np.uint8), output=None)
 
 
-def test_without_answers_leaves_all_but_the_test_outputs(toy: Task) -> None:
+def test_without_answers_removes_only_the_test_outputs(toy: Task) -> None:
     blind = toy.without_answers()
     assert blind.train == toy.train
     assert [pair.output for pair in blind.test] == [None, None]
@@ -77,13 +77,13 @@ def test_grids_are_read_only_copies() -> None:
     source = np.ones((2, 2), np.uint8)
     pair = Pair(input=source, output=source)
     source[0, 0] = 7
-    assert pair.input[0, 0] == 1, "a later change of the source reached the task"
+    assert pair.input[0, 0] == 1, "a change of the source array changed the task"
     for grid in pair.grids:
         with pytest.raises(ValueError, match="read-only"):
             grid[0, 0] = 5
 
 
-def test_max_side_looks_at_every_grid(toy: Task) -> None:
+def test_max_side_covers_every_grid(toy: Task) -> None:
     assert toy.max_side == 3
     long = Pair(input=np.zeros((1, 1), np.uint8), output=np.zeros((17, 2), np.uint8))
     assert replace(toy, train=(*toy.train, long)).max_side == 17
@@ -95,30 +95,30 @@ def test_max_side_looks_at_every_grid(toy: Task) -> None:
         (None, "non-empty list of rows, got None"),
         ([], "non-empty list of rows, got []"),
         ("012", "non-empty list of rows, got '012'"),
-        ([1, 2], "row 0 is not a non-empty list of colours: 1"),
-        ([[]], "row 0 is not a non-empty list of colours: []"),
+        ([1, 2], "row 0 must be a non-empty list of colours, got 1"),
+        ([[]], "row 0 must be a non-empty list of colours, got []"),
         ([[1, 2], [3]], "ragged grid: row 1 has 1 cells, row 0 has 2"),
-        ([[1], [2], []], "row 2 is not a non-empty list"),
+        ([[1], [2], []], "row 2 must be a non-empty list"),
         ([[0]] * 31, "31 rows, at most 30"),
         ([[0] * 31], "row 0 has 31 cells, at most 30"),
-        ([[0, 10]], "row 0, column 1: a colour is an int in 0..9, got 10"),
-        ([[0], [-1]], "row 1, column 0: a colour is an int in 0..9, got -1"),
+        ([[0, 10]], "row 0, column 1: expected an int in 0..9, got 10"),
+        ([[0], [-1]], "row 1, column 0: expected an int in 0..9, got -1"),
         ([[1.0]], "got 1.0"),
         ([[True]], "got True"),
         ([["1"]], "got '1'"),
         ([[None]], "got None"),
         ([[[1]]], "got [1]"),
         ([["a\nb"]], r"got 'a\nb'"),
-        ([[10**40]], "a colour is an int in 0..9"),
+        ([[10**40]], "expected an int in 0..9"),
     ],
 )
-def test_parse_grid_refuses_in_one_line(value: object, problem: str) -> None:
+def test_parse_grid_reports_malformed_grids_in_one_line(value: object, problem: str) -> None:
     with pytest.raises(UserError) as error:
         parse_grid(value, "here")
     assert str(error.value).startswith("here: ") and problem in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_parse_grid_keeps_the_largest_and_smallest() -> None:
+def test_parse_grid_accepts_the_largest_and_smallest_grid() -> None:
     assert parse_grid([[9]], "x").tolist() == [[9]]
     assert parse_grid([[0] * 30] * 30, "x").shape == (30, 30)

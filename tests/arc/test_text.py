@@ -7,11 +7,11 @@ from hybrid.arc import Task, compare_grids, grid_to_string, string_to_grid
 from hybrid.errors import UserError
 
 
-def test_text_is_rows_of_digits() -> None:
+def test_grid_to_string_writes_rows_of_digits() -> None:
     assert grid_to_string(np.array([[0, 1, 2], [9, 8, 7]], np.uint8)) == "012\n987"
 
 
-def test_every_real_grid_survives_the_round_trip(sets: dict[str, list[Task]]) -> None:
+def test_real_grids_round_trip_through_text(sets: dict[str, list[Task]]) -> None:
     for task in sets["arc2-evaluation"]:
         for grid in (grid for pair in task.pairs for grid in pair.grids):
             back = string_to_grid(grid_to_string(grid))
@@ -19,7 +19,7 @@ def test_every_real_grid_survives_the_round_trip(sets: dict[str, list[Task]]) ->
 
 
 @pytest.mark.parametrize("text", ["01\n23", "\n 01  \n\t23\r\n\n", "0 1\n2 3", "01\r\n23"])
-def test_surrounding_whitespace_does_not_matter(text: str) -> None:
+def test_whitespace_is_ignored(text: str) -> None:
     assert string_to_grid(text).tolist() == [[0, 1], [2, 3]]
 
 
@@ -39,7 +39,7 @@ def test_surrounding_whitespace_does_not_matter(text: str) -> None:
         ("0\n" * 31, "at most 30"),
     ],
 )
-def test_junk_is_refused_in_one_line(text: str, problem: str) -> None:
+def test_malformed_text_is_reported_in_one_line(text: str, problem: str) -> None:
     with pytest.raises(UserError) as error:
         string_to_grid(text)
     assert problem in str(error.value) and "\n" not in str(error.value)
@@ -56,7 +56,7 @@ def test_comparison_lists_exactly_the_wrong_cells() -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 0), (1, 4), (2, 1), (3, 2)])
-def test_another_shape_is_never_right(shape: tuple[int, int]) -> None:
+def test_a_grid_of_another_shape_is_wrong(shape: tuple[int, int]) -> None:
     comparison = compare_grids(np.ones(shape, np.uint8), np.ones((2, 2), np.uint8))
     assert not comparison.same_shape and not comparison.right
     assert comparison.accuracy == 0 and comparison.wrong == ()

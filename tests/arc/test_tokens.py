@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hybrid.arc import EOS, PAD, Pair, Task, offset_range, parse_grid, tokenize_grid, tokens_to_grid
 
 
-def test_decoding_is_the_published_rule(golden: Path) -> None:
+def test_decoding_matches_the_published_code(golden: Path) -> None:
     recorded = np.load(golden / "D_crop.npz")
     kinds = json.loads((golden / "D_crop.json").read_text())["kind"]
     ends = recorded["offsets"]
@@ -20,12 +20,12 @@ def test_decoding_is_the_published_rule(golden: Path) -> None:
         expected = recorded["crops_flat"][ends[i] : ends[i + 1]].reshape(recorded["shapes"][i])
         decoded = tokens_to_grid(recorded["grids"][i])
         assert decoded.dtype == np.uint8
-        # An empty rectangle has no sides to disagree about: (0, 0) whatever was recorded.
+        # An empty rectangle is (0, 0) here, whatever sides the published code recorded.
         assert decoded.shape == (expected.shape if expected.size else (0, 0)), (i, kind)
         assert decoded.tobytes() == expected.tobytes(), (i, kind)
 
 
-def test_encoding_and_translation_are_the_published_ones(golden: Path) -> None:
+def test_tokens_and_translations_match_the_published_code(golden: Path) -> None:
     recorded = np.load(golden / "E_translation.npz")
     rows = json.loads((golden / "E_augment.json").read_text())["translation"]
     for i, row in enumerate(rows):
@@ -38,18 +38,18 @@ def test_encoding_and_translation_are_the_published_ones(golden: Path) -> None:
     assert len(rows) == 50
 
 
-def test_offset_range_is_exactly_what_fits() -> None:
+def test_offset_range_is_the_number_of_offsets_that_fit() -> None:
     wide, tall = np.ones((2, 7), np.uint8), np.ones((5, 1), np.uint8)
     pair = Pair(input=wide, output=tall)
     assert offset_range(pair, canvas=8) == (4, 2)
     assert offset_range(Pair(input=wide, output=None), canvas=8) == (7, 2)
     tokenize_grid(tall, 8, (3, 1)), tokenize_grid(wide, 8, (3, 1))
     for grid, offset in ((tall, (4, 0)), (wide, (0, 2)), (wide, (-1, 0))):
-        with pytest.raises(AssertionError, match="leaves a canvas"):
+        with pytest.raises(AssertionError, match="does not fit a canvas"):
             tokenize_grid(grid, 8, offset)
 
 
-def test_every_real_grid_survives_the_round_trip(sets: dict[str, list[Task]]) -> None:
+def test_real_grids_round_trip_through_tokens(sets: dict[str, list[Task]]) -> None:
     for task in (task for tasks in sets.values() for task in tasks):
         for grid in (grid for pair in task.pairs for grid in pair.grids):
             tokens = tokenize_grid(grid)
@@ -66,7 +66,7 @@ def test_eos_borders_the_grid_on_any_canvas(data: st.DataObject) -> None:
     grid = np.full((height, width), data.draw(st.integers(0, 9)), np.uint8)
     tokens = tokenize_grid(grid, canvas, (top, left))
     assert tokens.shape == (canvas * canvas,) and tokens.dtype == np.uint8
-    seen = tokens.reshape(canvas, canvas)
+    rows = tokens.reshape(canvas, canvas)
     for r, c in np.ndindex(canvas, canvas):
         inside_rows, inside_columns = top <= r < top + height, left <= c < left + width
         if inside_rows and inside_columns:
@@ -75,14 +75,14 @@ def test_eos_borders_the_grid_on_any_canvas(data: st.DataObject) -> None:
             expected = EOS
         else:
             expected = PAD
-        assert seen[r, c] == expected
+        assert rows[r, c] == expected
     if (top, left) == (0, 0):
         assert np.array_equal(tokens_to_grid(tokens, canvas), grid)
     else:
         assert tokens_to_grid(tokens, canvas).shape == (0, 0)
 
 
-def slow_decode(rows: np.ndarray) -> list[list[int]]:
+def decode_by_brute_force(rows: np.ndarray) -> list[list[int]]:
     best: list[list[int]] = []
     for height, width in np.ndindex(len(rows) + 1, len(rows) + 1):
         block = rows[:height, :width]
@@ -97,4 +97,4 @@ def test_decoding_finds_the_largest_rectangle(side: int, seed: int, holes: float
     generator = np.random.default_rng(seed)
     rows = generator.integers(2, 12, (side, side))
     rows[generator.random((side, side)) < holes] = generator.choice([-100, 0, 1, 12])
-    assert tokens_to_grid(rows.ravel()).tolist() == slow_decode(rows)
+    assert tokens_to_grid(rows.ravel()).tolist() == decode_by_brute_force(rows)

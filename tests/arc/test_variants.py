@@ -15,14 +15,14 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 
 def content(task: Task, dihedral: int, colours: np.ndarray) -> frozenset[tuple[str, int]]:
-    """Brute force: build the variant, hash its pairs; a multiset, blind to test outputs."""
+    """Build the variant and return the multiset of its pair hashes, without test outputs."""
     augmentation = Augmentation(task=task.id, dihedral=dihedral, colours=tuple(colours.tolist()))
     variant = augmentation.apply_task(task.without_answers())
     return frozenset(Counter(pair_hash(pair) for pair in variant.pairs).items())
 
 
-def replay(task: Task, count: int, seed: int) -> list[tuple[int, tuple[int, ...]]]:
-    """The same draws, one variant at a time, distinct by brute force."""
+def draw_by_brute_force(task: Task, count: int, seed: int) -> list[tuple[int, tuple[int, ...]]]:
+    """Repeat the draws of draw_variants one variant at a time, comparing whole variants."""
     generator, seen = rng(seed), {content(task, 0, np.arange(10))}
     kept = [(0, tuple(range(10)))]
     for _ in range(5):
@@ -30,36 +30,36 @@ def replay(task: Task, count: int, seed: int) -> list[tuple[int, tuple[int, ...]
         orders = 1 + generator.random((count, 9)).argsort(axis=1)
         for k, order in zip(dihedral.tolist(), orders, strict=True):
             colours = np.array([0, *order], np.uint8)
-            found = content(task, k, colours)
-            if found not in seen and len(kept) <= count:
-                seen.add(found)
+            variant = content(task, k, colours)
+            if variant not in seen and len(kept) <= count:
+                seen.add(variant)
                 kept.append((k, tuple(colours.tolist())))
         if len(kept) > count:
             break
     return kept
 
 
-# Symmetric or with few colours, so that many draws coincide, and two ordinary tasks.
+# Symmetric tasks or tasks with few colours, for which many draws coincide.
 FEW = ["332efdb3", "6f8cd79b", "5ad8a7c0", "1990f7a8", "28e73c20", "4522001f"]
 
 
 @pytest.mark.parametrize("task_id", [*FEW, "007bbfb7", "0934a4d8"])
-def test_variants_are_those_of_brute_force(sets: dict[str, list[Task]], task_id: str) -> None:
+def test_variants_match_brute_force(sets: dict[str, list[Task]], task_id: str) -> None:
     [task] = [t for t in sets["arc2-training"] + sets["arc2-evaluation"] if t.id == task_id]
     dihedral, colours = draw_variants(task, 75, rng(1))
     drawn = [(int(k), tuple(c.tolist())) for k, c in zip(dihedral, colours, strict=True)]
-    assert drawn == replay(task, 75, seed=1)
+    assert drawn == draw_by_brute_force(task, 75, seed=1)
 
 
-def test_a_task_with_few_variants_yields_few(sets: dict[str, list[Task]]) -> None:
+def test_a_task_with_few_distinct_variants_yields_few(sets: dict[str, list[Task]]) -> None:
     [task] = [t for t in sets["arc2-training"] if t.id == "332efdb3"]
     dihedral, _ = draw_variants(task, 1000, rng())
-    # One background colour on 0 in grids that every transform leaves alone: nine colours.
+    # Symmetric grids of one colour on 0: only its nine values differ.
     assert len(dihedral) == 9
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 1000])
-def test_the_identity_leads_and_the_count_is_kept(toy: Task, count: int) -> None:
+def test_the_identity_comes_first_and_the_count_is_kept(toy: Task, count: int) -> None:
     dihedral, colours = draw_variants(toy, count, rng())
     assert dihedral.shape == (count + 1,) and dihedral.dtype == np.uint8
     assert colours.shape == (count + 1, 10) and colours.dtype == np.uint8
@@ -67,13 +67,13 @@ def test_the_identity_leads_and_the_count_is_kept(toy: Task, count: int) -> None
     assert (colours[:, 0] == 0).all() and (np.sort(colours) == np.arange(10)).all()
 
 
-def test_variants_depend_on_the_generator_alone(toy: Task) -> None:
+def test_variants_depend_only_on_the_generator(toy: Task) -> None:
     first, again, other = (draw_variants(toy, 50, rng(seed)) for seed in (3, 3, 4))
     assert all(map(np.array_equal, first, again))
     assert not all(map(np.array_equal, first, other))
 
 
-def test_test_outputs_change_nothing(sets: dict[str, list[Task]]) -> None:
+def test_variants_do_not_depend_on_test_outputs(sets: dict[str, list[Task]]) -> None:
     by_id = {task.id: task for task in sets["arc2-training"]}
     for task_id in [*FEW, "007bbfb7"]:
         task = by_id[task_id]
@@ -93,7 +93,7 @@ def cell(colour: int, side: int = 1) -> Grid:
 @pytest.mark.parametrize(
     ("train", "variants"),
     [
-        # The colours 1 and 2 may become any two of nine: 72 ways, 36 if they play one part.
+        # Colours 1 and 2 map to any two of nine: 72 ways, or 36 if they are interchangeable.
         ([(cell(1), cell(1)), (cell(2), cell(2))], 36),
         ([(cell(1), cell(2))], 72),
         ([(cell(1), cell(2)), (cell(2), cell(1))], 36),
@@ -101,18 +101,20 @@ def cell(colour: int, side: int = 1) -> Grid:
         ([(cell(1), cell(1)), (cell(2), cell(1))], 72),
     ],
 )
-def test_pairs_count_without_order_but_whole(train: list[tuple[Grid, Grid]], variants: int) -> None:
-    """A hash that forgot which output belongs to which input would find fewer."""
+def test_content_ignores_pair_order_but_keeps_pairs_together(
+    train: list[tuple[Grid, Grid]], variants: int
+) -> None:
+    """Hashing inputs and outputs separately would give fewer variants."""
     pairs = tuple(Pair(input=one, output=two) for one, two in train)
     task = Task(id="t", train=pairs, test=(Pair(input=cell(0, side=3), output=None),))
     dihedral, colours = draw_variants(task, 500, rng())
     assert len(dihedral) == variants
-    brute = {content(task, int(k), c) for k, c in zip(dihedral, colours, strict=True)}
-    assert len(brute) == variants
+    distinct = {content(task, int(k), c) for k, c in zip(dihedral, colours, strict=True)}
+    assert len(distinct) == variants
 
 
 def test_drawing_is_fast(sets: dict[str, list[Task]]) -> None:
-    """The published builder hashes grid by grid: minutes. Measured here: 0.45 s for 200 tasks."""
+    """The published builder hashes every grid and takes minutes; 200 tasks take 0.45 s here."""
     start = time.perf_counter()
     for task in sets["arc2-training"][:200]:
         draw_variants(task, 1000, rng())

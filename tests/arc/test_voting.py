@@ -1,4 +1,4 @@
-"""The published evaluator's votes and metrics, recorded in D_evaluator, and where ours differ."""
+"""Comparison with the votes and metrics of the published evaluator, recorded in D_evaluator."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def tasks(recorded: dict[str, Any]) -> list[Task]:
 
 
 def ballots(recorded: dict[str, Any], tasks: list[Task], passes: list[str]) -> Ballots:
-    """Predictions in the task's own frame with confidences, in arrival order, per test input."""
+    """Return predictions in the task's own frame and their confidences, in order, by test input."""
     tests = {
         (task.id, grid_hash(pair.input)): (task.id, i)
         for task in tasks
@@ -67,8 +67,8 @@ def ballots(recorded: dict[str, Any], tasks: list[Task], passes: list[str]) -> B
         )
         for tokens, predicted, identifier, logit in zip(*columns, strict=True):
             augmentation = Augmentation.parse(recorded["identifiers"][identifier])
-            asked = grid_hash(augmentation.invert(tokens_to_grid(tokens)))
-            grids, confidences = found[tests[augmentation.task, asked]]
+            test_input = grid_hash(augmentation.invert(tokens_to_grid(tokens)))
+            grids, confidences = found[tests[augmentation.task, test_input]]
             grids.append(augmentation.invert(tokens_to_grid(predicted)))
             confidences.append(float(halt_confidence(logit)))
     return found
@@ -83,12 +83,12 @@ def without_empty(ranking: list[list[Any]]) -> list[list[Any]]:
     [
         ("aggregated=False/pass1", ["pass1"]),
         ("aggregated=False/pass2", ["pass2"]),
-        # The published default never clears its votes: the second evaluation sees the first's.
-        # `vote` holds no state, so only a caller that mixes the two gets this result.
+        # The published default never clears its votes, so they add up over evaluations.
+        # `vote` is stateless, so the test passes the predictions of both.
         ("aggregated=True/pass2", ["pass1", "pass2"]),
     ],
 )
-def test_votes_and_metrics_are_the_published_ones_less_empty_grids(
+def test_votes_and_metrics_match_the_published_ones_without_empty_grids(
     recorded: dict[str, Any], tasks: list[Task], result: str, passes: list[str]
 ) -> None:
     published = recorded["results"][result]
@@ -97,8 +97,8 @@ def test_votes_and_metrics_are_the_published_ones_less_empty_grids(
     for task in tasks:
         candidates = [vote(*found.get((task.id, i), ([], []))) for i in range(len(task.test))]
         ranked[task.id] = [[c.grid for c in entry] for entry in candidates]
-        for entry, theirs in zip(candidates, published["ranking"][task.id], strict=True):
-            expected = without_empty(theirs["ranked"])
+        for entry, reference in zip(candidates, published["ranking"][task.id], strict=True):
+            expected = without_empty(reference["ranked"])
             assert [(grid_hash(c.grid), c.votes) for c in entry] == [(h, n) for h, n, _ in expected]
             assert [c.confidence for c in entry] == pytest.approx([q for *_, q in expected])
     for k in recorded["pass_Ks"]:
@@ -109,7 +109,7 @@ def test_votes_and_metrics_are_the_published_ones_less_empty_grids(
 
 
 def expected_metric(published: dict[str, Any], k: int) -> float:
-    """Mean over tasks of the fraction of outputs right, on the ranking without empty grids."""
+    """Return the published metric recomputed on the ranking without empty grids."""
     fractions = [
         np.mean([t["label_hash"] in [h for h, *_ in without_empty(t["ranked"])[:k]] for t in tests])
         for tests in published["ranking"].values()
@@ -118,7 +118,7 @@ def expected_metric(published: dict[str, Any], k: int) -> float:
 
 
 def empty_decides(published: dict[str, Any], k: int) -> bool:
-    """Whether an empty grid among the first k keeps the right answer out of them."""
+    """Return whether an empty grid pushes a correct answer out of the first k."""
     hashes = [
         (t["label_hash"], [h for h, *_ in t["ranked"]])
         for tests in published["ranking"].values()
@@ -130,19 +130,21 @@ def empty_decides(published: dict[str, Any], k: int) -> bool:
     )
 
 
-def test_the_recorded_cases_show_both_traps(recorded: dict[str, Any], tasks: list[Task]) -> None:
-    """Without these cases the test above would prove less than it says."""
+def test_recorded_cases_include_empty_grids_and_missing_predictions(
+    recorded: dict[str, Any], tasks: list[Task]
+) -> None:
+    """The test above relies on these cases being present in the recording."""
     first = recorded["results"]["aggregated=False/pass1"]
     [only_empty] = first["ranking"]["f931b4a8"][1]["ranked"]
-    assert only_empty[:2] == [EMPTY_HASH, 9], "nine empty grids won a vote"
+    assert only_empty[:2] == [EMPTY_HASH, 9], "nine empty grids should have won this vote"
     found = ballots(recorded, tasks, ["pass1"])
     assert vote(*found["f931b4a8", 1]) == []
-    # A test input without predictions: left out there, so what follows shifts; kept here.
+    # The published code skips a test without predictions and shifts the rest; `score` does not.
     assert first["submission_lengths"]["d35bdbdc"] == 2
     assert ("d35bdbdc", 1) not in found
     [task] = [task for task in tasks if task.id == "d35bdbdc"]
     assert score([task], {}).outputs.denominator == 3
-    # With the pooled votes an empty grid even keeps a right answer out of the first place.
+    # With pooled votes an empty grid ranks above a correct answer.
     pooled = recorded["results"]["aggregated=True/pass2"]
     assert empty_decides(pooled, 1)
     assert expected_metric(pooled, 1) > pooled["metrics"]["ARC/pass@1"]
@@ -156,7 +158,7 @@ def result(candidates: list[Candidate]) -> list[tuple[int, int, float]]:
     return [(int(c.grid[0, 0]), c.votes, c.confidence) for c in candidates]
 
 
-def test_votes_count_before_confidence_and_arrival() -> None:
+def test_ranking_is_by_votes_then_confidence_then_arrival() -> None:
     grids = [grid(c) for c in (1, 2, 2, 3, 4, 5)]
     assert result(vote(grids, [0.9, 0.1, 0.2, 0.5, 0.95, 0.5])) == [
         (2, 2, pytest.approx(0.15)),
@@ -173,12 +175,12 @@ def test_empty_grids_never_vote() -> None:
     assert vote([], []) == []
 
 
-def test_grids_of_other_shape_with_the_same_bytes_are_other_candidates() -> None:
+def test_equal_bytes_in_another_shape_are_a_different_candidate() -> None:
     row = np.zeros((1, 4), np.uint8)
     assert len(vote([row, row.reshape(2, 2), row.T], [0.5] * 3)) == 3
 
 
-def test_confidence_is_the_sigmoid_at_any_logit() -> None:
+def test_halt_confidence_is_the_sigmoid_without_overflow() -> None:
     logits = np.array([-1000, -5, 0, 0.1, 2, 1000], np.float32)
     expected = [0.0, *(1 / (1 + np.exp(-np.float64(x))) for x in logits[1:5]), 1.0]
     with np.errstate(all="raise", under="ignore"):
