@@ -1,4 +1,4 @@
-"""The configuration: one YAML per experiment, `section.key=value` on top, all errors at once."""
+"""Configuration: one YAML file per experiment plus overrides; all errors are reported at once."""
 
 from __future__ import annotations
 
@@ -23,22 +23,21 @@ from hybrid.validation import adapter, known_only, parse_yaml, unknown_keys, wro
 
 @dataclass(frozen=True, kw_only=True)
 class PathsConfig:
-    """Where things are. Everything hangs from `root`, which all nodes of a cluster must see."""
+    """Storage locations. All nodes of a cluster must be able to read and write `root`."""
 
     root: str = "/data"
-    """A folder, or a URI of an object store (s3://bucket/arc, gs://bucket/arc)."""
+    """Root folder, or object store URI (s3://bucket/arc, gs://bucket/arc)."""
     data: str | None = None
-    """The prepared dataset; root/arc/processed when not given."""
+    """Folder of the prepared dataset. Default: root/arc/processed."""
     runs: str | None = None
-    """Run folders: checkpoints, metrics, logs, evaluations; root/runs when not given."""
+    """Folder of the run folders (checkpoints, metrics, logs, evaluations). Default: root/runs."""
     models: str | None = None
-    """Language models converted from GGUF, by every machine for itself if this is a URI;
-    root/models when not given."""
+    """Folder of models converted from GGUF, per machine if a URI. Default: root/models."""
     prompt_cache: str | None = None
-    """Problem encodings of jobs/cache_prompts.py; root/encodings when not given."""
+    """Folder of prompt caches written by jobs/cache_prompts.py. Default: root/prompt_cache."""
 
     def absolute(self) -> PathsConfig:
-        """The same with every path absolute: workers run in other folders."""
+        """Return a copy with absolute paths, because workers have other working directories."""
         root = _absolute(self.root)
         return PathsConfig(
             root=root,
@@ -51,66 +50,70 @@ class PathsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TRMSection(TRMConfig):
-    """The model, and what it starts from."""
+    """TRM architecture and initial weights."""
 
     init_from: str | None = None
-    """A checkpoint folder of the same sizes, which has a `/` in it, or the name of a run under
-    paths.runs, whose newest is meant: a new run starts with its averaged weights, and with its
-    puzzle rows where the dataset is the same, else with their mean."""
+    """Initial weights of a new run: a checkpoint folder (contains a `/`), or the name of a run in
+    paths.runs (its newest checkpoint). Loads the EMA weights, which must have the same sizes, and
+    the puzzle embeddings, or their mean if the dataset differs. Default: random weights."""
 
     @property
     def model(self) -> TRMConfig:
-        """The model alone."""
+        """TRM architecture without `init_from`."""
         return TRMConfig(**{f.name: getattr(self, f.name) for f in fields(TRMConfig)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Optimisation; the defaults are the published ARC recipe."""
+    """Optimization settings; the defaults are the published ARC recipe."""
 
     batch_size: int = 768
-    """Rows of one optimiser step, over all workers together."""
+    """Global batch size: rows per optimizer step, summed over all workers."""
     micro_batch_size: int | None = None
-    """Rows of one forward and backward pass of a worker; gradients accumulate over passes to
-    batch_size. Limits memory, not results. All rows of the worker when not given."""
+    """Rows per forward and backward pass of a worker (gradient accumulation). Default: all."""
     epochs: float | None = None
-    """Training length in passes over the tasks, one variant each; or give `steps`."""
+    """Training length in epochs: passes over all training pairs. Excludes `steps`."""
     steps: int | None = None
-    """Training length in optimiser steps; or give `epochs`."""
+    """Training length in optimizer steps. Excludes `epochs`."""
     lr: float = 1e-4
+    """Peak learning rate of the TRM weights."""
     puzzle_lr: float = 1e-2
+    """Peak learning rate of the puzzle embeddings."""
     weight_decay: float = 0.1
+    """Weight decay of all weights except the puzzle embeddings."""
     puzzle_weight_decay: float = 0.1
+    """Weight decay of the puzzle embeddings."""
     beta1: float = 0.9
     beta2: float = 0.95
     lr_warmup_steps: int = 2000
+    """Steps of linear learning-rate warm-up."""
     lr_min_ratio: float = 1.0
-    """Cosine decay ends at this part of the rate; 1 keeps it constant, as published."""
+    """Final learning rate of the cosine decay, relative to the peak; 1 disables decay."""
     ema_rate: float = 0.999
+    """Decay of the exponential moving average (EMA) of the weights, per step."""
     seed: int = 0
     save_every: int = 1000
-    """Steps between checkpoints; one is always written at the end."""
+    """Steps between checkpoints; the last step always saves one."""
     keep_checkpoints: int = 2
+    """Number of newest checkpoints to keep."""
     train_accuracy_pairs: int = 256
-    """Training pairs on which exact accuracy is measured before and after; 0 measures nothing."""
+    """Training pairs for measuring exact match before and after training; 0 disables it."""
     variants: int | None = None
-    """Variants of a task that rows are drawn from, the original first; all when not given."""
+    """Train on the first N variants of each task, the original included. Default: all."""
     freeze_weights_fraction: float = 0.0
-    """Part of the run, from its start, in which only the puzzle table learns: what test-time
-    training does with new puzzles before it touches the weights."""
+    """Initial fraction of the run in which only the puzzle embeddings are trained."""
     clip_norm: float | None = None
-    """Largest norm of the gradient over all weights; none when not given."""
+    """Maximum global gradient norm. Default: no clipping."""
     blank_puzzle_prob: float = 0.0
-    """Chance that a row is trained with the blank puzzle id, so that a task unknown in training can
-    be solved from what is read of it."""
+    """Probability of training a row with the blank puzzle id, to learn tasks from text alone."""
     max_attempts: int = 16
-    """Attempts of the hybrid at a puzzle."""
+    """Attempts of the hybrid per puzzle."""
     act_steps: int = 1
-    """ACT steps of an attempt."""
+    """ACT steps per attempt of the hybrid."""
     bptt_attempts: int = 2
-    """Attempts that gradient flows back through; memory grows with it, not with max_attempts."""
+    """Attempts that gradients flow back through; memory grows with this, not with max_attempts."""
     recompute: bool = True
-    """Gradient checkpointing: the hybrid's activations are made again for backward, not kept."""
+    """Gradient checkpointing: recompute the hybrid's activations in backward to save memory."""
 
     def __post_init__(self) -> None:
         problems = check_fields(
@@ -139,56 +142,59 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """How tasks are solved and voted on."""
+    """Prediction and voting."""
 
     checkpoint: str | None = None
-    """Checkpoint folder; the newest of the run when not given."""
+    """Checkpoint folder. Default: the newest checkpoint of the run."""
     variants: int | None = None
-    """Views of a task that vote, the original included; all of the dataset's when not given."""
+    """Vote over the first N variants of each task, the original included. Default: all."""
     halt: Literal["published", "fixed", "confident"] = "published"
-    """published: halt_max_steps ACT steps; fixed: `act_steps`; confident: the halt head decides."""
+    """Halting of the TRM. published: run trm.halt_max_steps ACT steps; fixed: run `act_steps`;
+    confident: stop when the halt head predicts a correct answer."""
     act_steps: int | None = None
+    """ACT steps per prediction with halt=fixed."""
     batch_size: int = 256
-    """Rows an actor runs at a time."""
+    """Rows per forward pass of an evaluation actor."""
     limit: int | None = None
-    """Ask only the first so many tasks; the report calls the score that of a subset."""
+    """Evaluate only the first N tasks; the report marks the score as a subset. Default: all."""
     max_attempts: int | None = None
-    """Attempts of the hybrid; as many as in training when not given."""
+    """Attempts of the hybrid per puzzle. Default: training.max_attempts of the checkpoint."""
     puzzle_ids: Literal["trained", "blank"] = "trained"
-    """blank asks without the puzzle's own row: what is known of the task must be read."""
+    """Puzzle embedding: that of the puzzle (trained), or of the blank puzzle id (blank)."""
     text: Literal["own", "shuffled"] = "own"
-    """shuffled has each task read another one's problem: what does the text contribute?"""
+    """Prompt: that of the task (own), or of another task (shuffled) as an ablation."""
     baseline: bool = True
-    """Also spend the attempts that self-correction took on more views with one attempt each."""
+    """Also evaluate a baseline that spends the attempts on more variants, one attempt each."""
     compare_to: tuple[str, ...] = ()
-    """Runs whose newest evaluation of the same questions is shown beside this one."""
+    """Names of runs whose newest evaluation of the same questions is shown for comparison."""
 
     def __post_init__(self) -> None:
         names = ("variants", "act_steps", "batch_size", "limit", "max_attempts")
         problems = check_fields(self, **dict.fromkeys(names, (1, None)))
         if (self.halt == "fixed") != (self.act_steps is not None):
-            problems.append("act_steps goes with halt=fixed, and only with it")
+            problems.append("act_steps must be set with halt=fixed, and only then")
         if problems:
             raise ValueError("\n".join(problems))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """Processes and devices. The same rows in the same order, however many workers there are."""
+    """Processes and devices. Training rows and their order do not depend on the worker count."""
 
     num_workers: int = 1
-    """Training workers and evaluation actors; 0 runs in this process, without Ray."""
+    """Number of training workers or evaluation actors; 0 runs in this process, without Ray."""
     min_workers: int | None = None
-    """Training goes on with so many when nodes are lost, and grows back; num_workers when not
-    given. The global batch stays the same."""
+    """Minimum workers: training continues with this many after losing nodes and scales back up. The
+    global batch does not change. Default: num_workers."""
     use_gpu: bool = False
+    """Run each worker or actor on one GPU."""
     compile: bool | None = None
-    """Compile the TRM's blocks, half a minute once a machine; on GPUs when not given. Numbers
-    change by rounding."""
+    """Compile the TRM's blocks: takes half a minute once per machine, changes results by rounding
+    only. Default: use_gpu."""
     cpus_per_worker: float = 1.0
-    """Ray's bookkeeping only; a worker computes with its share of the machine's cores."""
+    """CPUs that Ray reserves per worker; it does not limit the threads of a worker."""
     max_failures: int = 3
-    """Times a lost worker or actor is replaced."""
+    """Maximum number of replacements of lost workers or actors; -1: no limit."""
 
     def __post_init__(self) -> None:
         problems = check_fields(
@@ -201,31 +207,31 @@ class ClusterConfig:
 
     @property
     def compiles(self) -> bool:
-        """What `compile` means here."""
+        """Resolved value of `compile`."""
         return self.use_gpu if self.compile is None else self.compile
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """A search over keys of the experiment; every trial trains the hybrid."""
+    """Hyperparameter search over config keys; every trial trains the hybrid."""
 
     space: dict[str, Any] = field(default_factory=dict)
-    """section.key -> {grid: [...]}, {choice: [...]}, {uniform: [low, high]},
+    """Search space, by section.key: {grid: [...]}, {choice: [...]}, {uniform: [low, high]},
     {loguniform: [low, high]} or {int: [low, high]}."""
     num_samples: int = 1
-    """Draws of what is not a grid, for every combination of the grids."""
+    """Random samples of the keys without a grid, for each combination of the grids."""
     hold_out_tasks: int = 32
-    """Training tasks that are not trained on: trials are compared by them."""
+    """Training tasks held out of training; trials are ranked by their score on them."""
     search: Literal["random", "optuna"] = "random"
-    """optuna learns from the trials that have ended (pip install "arc-hybrid[optuna]")."""
+    """Search algorithm; optuna learns from ended trials (pip install "arc-hybrid[optuna]")."""
     scheduler: Literal["asha", "none"] = "asha"
-    """asha ends a trial at a rung where it is not among the best; none trains all to the end."""
+    """asha: stop a trial at a rung unless it is among the best; none: run all trials to the end."""
     grace_period: int | None = None
-    """Steps before a trial may be ended; training.save_every when not given."""
+    """ASHA grace period: steps before a trial may be stopped. Default: training.save_every."""
     reduction_factor: int = 3
-    """One trial of so many passes a rung, and the next rung is so many times as far."""
+    """ASHA reduction factor: the top 1/N trials continue; rungs are spaced by a factor of N."""
     max_concurrent_trials: int | None = None
-    """Trials at a time; as many as the cluster holds when not given."""
+    """Maximum trials at a time. Default: as many as the cluster has resources for."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -244,14 +250,14 @@ class SweepConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """What is written while a job runs; metrics.jsonl and train_<rank>.log always are."""
+    """Logging. metrics.jsonl and train_<rank>.log are always written."""
 
     run: str = ""
-    """Name of the run and of its folder under paths.runs; the config file's name when not given."""
+    """Name of the run and of its folder in paths.runs. Default: the config file's name."""
     every: int = 10
     """Steps between lines of metrics.jsonl."""
     wandb: bool = True
-    """Weights & Biases from rank 0, offline by itself where there is no key."""
+    """Log to Weights & Biases from rank 0; offline if no API key is set."""
 
     def __post_init__(self) -> None:
         problems = check_fields(self, every=(1, None))
@@ -263,7 +269,7 @@ class LoggingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The sections."""
+    """Complete configuration of an experiment."""
 
     paths: PathsConfig = field(default_factory=PathsConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -279,31 +285,31 @@ class Config:
 
     @property
     def run_folder(self) -> Path:
-        """Where checkpoints, metrics, logs and evaluations of this run are."""
+        """Folder of this run's checkpoints, metrics, logs and evaluations."""
         assert self.logging.run
         return self.runs_folder / self.logging.run
 
     @property
     def runs_folder(self) -> Path:
-        """Where the run folders are."""
+        """Folder of the run folders."""
         assert self.paths.runs is not None
         return storage.folder(self.paths.runs)
 
     @property
     def data_folder(self) -> Path:
-        """Where the prepared dataset is."""
+        """Folder of the prepared dataset."""
         assert self.paths.data is not None
         return storage.folder(self.paths.data)
 
     @property
     def models_folder(self) -> Path:
-        """Where converted language models are."""
+        """Folder of language models converted from GGUF."""
         assert self.paths.models is not None
         return storage.folder(self.paths.models)
 
     @property
     def prompt_cache_folder(self) -> Path:
-        """Where problem encodings are."""
+        """Folder of prompt caches."""
         assert self.paths.prompt_cache is not None
         return storage.folder(self.paths.prompt_cache)
 
@@ -313,7 +319,7 @@ DERIVED = {
     "trm.num_puzzle_identifiers": "data.variants",
     "trm.vocab_size": "the tokens of grids",
 }
-"""Keys of TRMConfig that belong to the data: a user may not set them."""
+"""Keys of TRMConfig that users may not set, and the source of their values."""
 
 
 RENAMED = {
@@ -327,14 +333,14 @@ RENAMED = {
     "sweep.reduction": "sweep.reduction_factor",
     "sweep.max_concurrent": "sweep.max_concurrent_trials",
 }
-"""Keys of earlier versions and their names now, for the error message."""
+"""Old keys and their current names, for the error message."""
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The config in a YAML file, or a URI of one, with `section.key=value` overrides on top.
+    """Load a YAML config file (path or URI) and apply `section.key=value` overrides.
 
-    Raises UserError with every problem found, each with its dotted path, the value and, for an
-    unknown key, the nearest known one.
+    Raises UserError with every problem: its dotted key, its value, and for an unknown key the
+    nearest known one.
     """
     where = str(path)
     file = storage.folder(where)
@@ -353,24 +359,24 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def from_dict(
     raw: Mapping[str, Any], *, where: str = "config", problems: Sequence[str] = ()
 ) -> Config:
-    """A validated Config from nested mappings (a YAML document, a trial of a sweep)."""
+    """Validate nested mappings (a YAML document, a trial of a sweep) and return the Config."""
     known = known_only(Config, raw)
-    found = [*problems, *unknown_keys(Config, raw, DERIVED, RENAMED), *wrong_values(Config, known)]
-    if found:
-        raise UserError(f"{where}: " + "; ".join(found))
+    errors = [*problems, *unknown_keys(Config, raw, DERIVED, RENAMED), *wrong_values(Config, known)]
+    if errors:
+        raise UserError(f"{where}: " + "; ".join(errors))
     config: Config = adapter(Config).validate_python(known)
     config = replace(config, paths=config.paths.absolute())
-    # Workers have working directories of their own.
-    start, model = config.trm.init_from, config.llama.model
-    if start and "/" in start:
-        config = replace(config, trm=replace(config.trm, init_from=_absolute(start)))
+    # Absolute, because workers have other working directories.
+    source, model = config.trm.init_from, config.llama.model
+    if source and "/" in source:
+        config = replace(config, trm=replace(config.trm, init_from=_absolute(source)))
     if is_path(model):
         config = replace(config, llama=replace(config.llama, model=_absolute(model)))
     return config
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Nested plain values, without what the data decides; `from_dict` takes it back."""
+    """Return nested plain values without DERIVED keys; `from_dict` is the inverse."""
     raw = asdict(config)
     for dotted in DERIVED:
         section, key = dotted.split(".")
@@ -382,14 +388,14 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def dump(config: Config) -> str:
-    """The resolved config as YAML."""
+    """Format the resolved config as YAML."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
 def differences(
     old: Mapping[str, Any], new: Mapping[str, Any], sections: Sequence[str]
 ) -> list[str]:
-    """`section.key: old -> new` for every key that differs between two `to_dict`s."""
+    """Return `section.key: old -> new` for each key that differs between two `to_dict` results."""
     return [
         f"{section}.{key}: {old.get(section, {}).get(key)!r} -> {value!r}"
         for section in sections
@@ -406,11 +412,11 @@ def _read_yaml(path: Path, where: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{where}: cannot be read ({error})") from error
     except ValueError as error:
-        raise UserError(f"{where}: not YAML: {error}") from error
+        raise UserError(f"{where}: not valid YAML: {error}") from error
     if raw is None:
         return {}
     if not isinstance(raw, dict):
-        raise UserError(f"{where}: a config is sections of keys, not a {type(raw).__name__}")
+        raise UserError(f"{where}: must be a mapping of sections, not a {type(raw).__name__}")
     return raw
 
 
@@ -423,7 +429,7 @@ def _override(raw: dict[str, Any], text: str, problems: list[str]) -> None:
     try:
         parsed = parse_yaml(value)
     except ValueError:
-        problems.append(f"override {text!r}: the value is not YAML")
+        problems.append(f"override {text!r}: the value is not valid YAML")
         return
     if raw.get(section) is None:
         raw[section] = {}
@@ -432,9 +438,9 @@ def _override(raw: dict[str, Any], text: str, problems: list[str]) -> None:
         target[key] = parsed
 
 
-def _absolute(place: str) -> str:
-    # os.path's expanduser, unlike Path's, leaves the name of a user who is unknown as it is.
-    return place if storage.is_uri(place) else str(Path(os.path.expanduser(place)).absolute())
+def _absolute(path: str) -> str:
+    # os.path.expanduser, unlike Path.expanduser, does not raise for an unknown user.
+    return path if storage.is_uri(path) else str(Path(os.path.expanduser(path)).absolute())
 
 
 __all__ = [

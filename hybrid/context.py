@@ -1,7 +1,7 @@
-"""The seam between a loop and whatever runs it: one process, several, or a Ray cluster.
+"""Interface between a training loop and its launcher: one process, several, or a Ray cluster.
 
-A loop sees a `RunContext` and nothing else. Slots of the global batch belong to workers in blocks:
-worker r of W computes slots r * B // W to (r + 1) * B // W.
+A loop uses only its `RunContext`. The B slots of the global batch are split into blocks: worker r
+of W computes slots r * B // W to (r + 1) * B // W.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ T = TypeVar("T")
 
 
 class Signal(IntEnum):
-    """What a run is asked for from outside, between two steps."""
+    """Request to a run from outside, handled between two steps."""
 
     NONE = 0
     SAVE = 1
-    """A checkpoint now: this worker will not live long."""
+    """Save a checkpoint now, because this worker is about to be lost."""
     STOP = 2
-    """A checkpoint now, and the end."""
+    """Save a checkpoint now and end the run."""
 
 
 class RunContext(Protocol):
-    """What a training loop may ask of its surroundings."""
+    """Services that the launcher provides to a training loop."""
 
     rank: int
     world_size: int
     device: torch.device
 
     def rounds(self, stream: Stream, slots: range, total_slots: int, first: int) -> Iterator[Rows]:
-        """Rounds `first`, `first` + 1, ... of this worker's slots, [len(slots), ...] each."""
+        """Yield rounds `first`, `first` + 1, ... of this worker's slots, [len(slots), ...] each."""
         ...
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Add up over all workers, in place; every worker must call it."""
+        """Sum a tensor over all workers in place (collective)."""
         ...
 
     def gather(self, tensor: Tensor, total: int) -> Tensor:
-        """[total, ...]: all workers' rows in rank order, shared out as `worker_slots` does."""
+        """Return all workers' rows [total, ...] in the order of `worker_slots` (collective)."""
         ...
 
     def gather_objects(self, value: T) -> list[T]:
@@ -56,24 +56,24 @@ class RunContext(Protocol):
         ...
 
     def signal(self) -> Signal:
-        """What this worker's surroundings ask for; workers may differ."""
+        """Return the pending request to this worker; workers may differ."""
         ...
 
     def agree(self, signal: Signal) -> Signal:
-        """The most that any worker was asked for; every worker must call it."""
+        """Return the highest request to any worker (collective)."""
         ...
 
     def gauge(self, metrics: Mapping[str, float]) -> None:
-        """Show numbers to whoever watches the cluster."""
+        """Publish metrics as gauges of the cluster."""
         ...
 
     def report(self, metrics: Mapping[str, Any], checkpoint: Path) -> None:
-        """Tell whoever runs the loop of a checkpoint that stands; every worker must call it."""
+        """Report a completed checkpoint to the launcher (collective)."""
         ...
 
 
 class LocalContext:
-    """One process, no cluster: rows are made between steps."""
+    """Context of a single process, which makes rows between steps."""
 
     rank = 0
     world_size = 1
@@ -82,17 +82,17 @@ class LocalContext:
         self.device = device
 
     def rounds(self, stream: Stream, slots: range, total_slots: int, first: int) -> Iterator[Rows]:
-        """Made in this process."""
+        """Yield rounds made in this process."""
         while True:
             yield stream.rounds(first, 1, slots, total_slots)
             first += 1
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """The tensor itself."""
+        """Return the tensor."""
         return tensor
 
     def gather(self, tensor: Tensor, total: int) -> Tensor:
-        """The tensor itself."""
+        """Return the tensor."""
         return tensor
 
     def gather_objects(self, value: T) -> list[T]:
@@ -100,22 +100,22 @@ class LocalContext:
         return [value]
 
     def signal(self) -> Signal:
-        """Nothing."""
+        """Return Signal.NONE."""
         return Signal.NONE
 
     def agree(self, signal: Signal) -> Signal:
-        """The signal itself."""
+        """Return the signal."""
         return signal
 
     def gauge(self, metrics: Mapping[str, float]) -> None:
-        """Nobody watches."""
+        """Ignore the metrics."""
 
     def report(self, metrics: Mapping[str, Any], checkpoint: Path) -> None:
-        """Nobody to tell."""
+        """Ignore the checkpoint."""
 
 
 class ProcessGroupContext(LocalContext):
-    """Several processes joined by torch.distributed, which the caller has set up."""
+    """Context of one of several processes; the caller has initialized torch.distributed."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -123,16 +123,16 @@ class ProcessGroupContext(LocalContext):
         self.world_size = dist.get_world_size()
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """All-reduce."""
+        """Sum a tensor over all processes in place."""
         dist.all_reduce(tensor)
         return tensor
 
     def gather(self, tensor: Tensor, total: int) -> Tensor:
-        """A sum of what is zero outside a worker's own rows: their numbers may differ."""
-        mine = worker_slots(total, self.rank, self.world_size)
-        joined = tensor.new_zeros(total, *tensor.shape[1:])
-        joined[mine.start : mine.stop] = tensor
-        return self.sum_(joined)
+        """Return all rows by an all-reduce of zero-padded tensors: workers' row counts differ."""
+        own = worker_slots(total, self.rank, self.world_size)
+        rows = tensor.new_zeros(total, *tensor.shape[1:])
+        rows[own.start : own.stop] = tensor
+        return self.sum_(rows)
 
     def gather_objects(self, value: T) -> list[T]:
         """Return all workers' values; NCCL sends them from the current CUDA device."""
@@ -143,14 +143,14 @@ class ProcessGroupContext(LocalContext):
     def agree(self, signal: Signal) -> Signal:
         """Return the largest of all workers' signals."""
         if self.world_size == 1:
-            return signal  # reading it back from a GPU would wait for the step
-        asked = torch.tensor([signal], dtype=torch.int32, device=self.device)
-        dist.all_reduce(asked, dist.ReduceOp.MAX)
-        return Signal(int(asked))
+            return signal  # reading the result back from a GPU would wait for the step
+        highest = torch.tensor([signal], dtype=torch.int32, device=self.device)
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        return Signal(int(highest))
 
 
 def worker_slots(batch_size: int, rank: int, world_size: int) -> range:
-    """The slots of one worker, as many as others have or one less; UserError if it has none."""
+    """Return the slots of one worker; raise UserError if there are fewer slots than workers."""
     if batch_size < world_size:
         raise UserError(
             f"training.batch_size={batch_size} leaves some of {world_size} workers without a row"

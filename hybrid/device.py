@@ -20,14 +20,14 @@ def compute_device(use_gpu: bool) -> torch.device:
     return torch.device("cuda" if use_gpu else "cpu")
 
 
-def fuse(trm: TRM, compiles: bool) -> None:
+def compile_if_enabled(trm: TRM, compiles: bool) -> None:
     """Compile a TRM if `compiles`; raise UserError if this machine has no compiler."""
     if not compiles:
         return
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
-        raise UserError(f"cluster.compile: {compiler} is not here; install it or set it to false")
-    trm.fuse()
+        raise UserError(f"cluster.compile: {compiler} not found; install it or set it to false")
+    trm.compile_recursion()
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -12,10 +12,10 @@ from hybrid.errors import Stopped
 from hybrid.evaluate import Outcome, predict_locally
 from hybrid.prompt_cache import cache_prompts_locally, plan, summary
 from hybrid.train import Joint, Pretraining, Result, check
-from hybrid.train.progress import watch
-from hybrid.train.stop import stoppable
+from hybrid.train.progress import show_progress
+from hybrid.train.stop import stop_on_signals
 
-# ray is imported where it is needed: without workers a job starts seconds earlier.
+# Importing ray takes seconds, so the functions that need it import it.
 
 LOOPS = {"trm": loops.pretrain, "hybrid": loops.joint}
 """Training loops by the kind of checkpoint they write."""
@@ -33,12 +33,12 @@ def joint(config: Config) -> Result:
 
 def _train(config: Config, kind: str, sections: tuple[str, ...]) -> Result:
     config = check(config, kind, sections)
-    with watch(config), stoppable(config.run_folder):
+    with show_progress(config), stop_on_signals(config.run_folder):
         result = _run(config, kind)
     if result.stopped:
         raise Stopped(
             f"at step {result.step}: {storage.uri(result.checkpoint)};"
-            " the same command goes on from there"
+            " run the same command to resume"
         )
     return result
 
@@ -64,7 +64,7 @@ def cache_prompts(config: Config) -> str:
 
 
 def evaluate(config: Config) -> Outcome:
-    """Solve and score; rerunning the same config resumes it."""
+    """Predict and score; rerunning the same config resumes it."""
     if config.cluster.num_workers == 0:
         share_cores(1)
         return evaluation.evaluate(config, predict_locally)

@@ -1,4 +1,4 @@
-"""Encodes a dataset's problems beforehand, for language models that are expensive."""
+"""Filling the prompt cache: prefill of all prompts of a dataset ahead of training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hybrid.llm import open_reader
 
 
 class PromptCacher:
-    """A language model and a store that it fills."""
+    """Language model together with the prompt cache store that it fills."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.dataset = Dataset.open(config.data_folder)
@@ -31,32 +31,31 @@ class PromptCacher:
 
     @property
     def folder(self) -> Path:
-        """Where the files are."""
+        """Folder of the cache files."""
         return self.store.folder
 
     @torch.no_grad()
     def add(self, problems: Sequence[tuple[int, int]]) -> int:
-        """Encode those of `Dataset.problems` that are not there; returns how many that were."""
+        """Cache prompts that are missing; return their number. `problems`: see Dataset.problems."""
         prompts = [self.reader.prompt(self.dataset.problem_at(*problem)) for problem in problems]
         return self.store.add([prompt.tokens for prompt in prompts])
 
 
 def plan(config: Config) -> list[tuple[int, int]]:
-    """The problems to encode; UserError if the config does not want encodings.
+    """Return the prompts to cache, largest first; raise UserError if llama.prompt_cache is false.
 
-    By size, the largest first: batches are hardly padded, and what does not fit in memory is known
-    at once.
+    Sorting by size reduces padding, and starting with the largest shows at once if memory suffices.
     """
     if not config.llama.prompt_cache:
-        raise UserError("llama.prompt_cache is false: nothing would read what is encoded")
+        raise UserError("llama.prompt_cache is false: set it to true to use a prompt cache")
     dataset = Dataset.open(config.data_folder)
     dataset.check_same_recipe(config.data)
 
     @cache
     def cells(task: int, number: int) -> int:
-        asked = dataset.tasks[task].pairs[number]
-        shown = (grid for p in dataset.demonstrations(task) if p != asked for grid in p.grids)
-        return asked.input.size + sum(grid.size for grid in shown)
+        pair = dataset.tasks[task].pairs[number]
+        shown = (grid for p in dataset.demonstrations(task) if p != pair for grid in p.grids)
+        return pair.input.size + sum(grid.size for grid in shown)
 
     return sorted(
         dataset.problems(config.training.variants),

@@ -1,4 +1,4 @@
-"""Nested mappings against nested dataclasses: every problem at once, by its dotted path."""
+"""Validation of nested mappings against nested dataclasses: all problems at once, by dotted key."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key written twice, of which YAML would take the last without a word."""
+    """YAML loader that rejects duplicate keys, of which YAML silently uses the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -24,14 +24,14 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
                     raise yaml.MarkedYAMLError(
-                        problem=f"{key.value} is there twice", problem_mark=key.start_mark
+                        problem=f"duplicate key {key.value}", problem_mark=key.start_mark
                     )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 def parse_yaml(text: str) -> Any:
-    """The document in `text`; ValueError, in one line, for what is not YAML."""
+    """Parse a YAML document; raise ValueError with a one-line message if it is invalid."""
     try:
         return yaml.load(text, Loader=_Loader)
     except Exception as error:  # PyYAML raises half a dozen unrelated types for a bad scalar
@@ -45,10 +45,10 @@ def _section_type(hint: Any) -> Any:
 def unknown_keys(
     cls: Any, raw: Any, derived: Mapping[str, str], renamed: Mapping[str, str], prefix: str = ""
 ) -> list[str]:
-    """Return a line for each unknown key, misplaced section, and bool where a number belongs.
+    """Return a line for each unknown key, misplaced section, and bool in place of a number.
 
     Pydantic would accept such a bool as a number. `derived`: dotted keys of `cls` that may not be
-    set, and what decides them. `renamed`: dotted keys of earlier versions and their names now.
+    set, and the source of their values. `renamed`: old dotted keys and their current names.
     """
     if raw is None:
         return []
@@ -56,74 +56,74 @@ def unknown_keys(
         return [f"{prefix.rstrip('.')}: must be a section of keys, got {short_repr(raw)}"]
     hints = typing.get_type_hints(cls)
     known = [name for name in hints if f"{prefix}{name}" not in derived]
-    found = []
+    problems = []
     for key, value in raw.items():
         dotted = f"{prefix}{key}"
         if dotted in derived:
-            found.append(f"{dotted}: follows from {derived[dotted]} and cannot be set")
+            problems.append(f"{dotted}: derived from {derived[dotted]} and cannot be set")
         elif dotted in renamed:
-            found.append(f"{dotted}: renamed, use {renamed[dotted]}")
+            problems.append(f"{dotted}: renamed, use {renamed[dotted]}")
         elif key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
-            found.append(f"{dotted}: unknown key, {hint}")
+            problems.append(f"{dotted}: unknown key, {hint}")
         elif _section_type(hints[key]):
-            found += unknown_keys(hints[key], value, derived, renamed, f"{dotted}.")
+            problems += unknown_keys(hints[key], value, derived, renamed, f"{dotted}.")
         elif isinstance(value, bool) and hints[key] not in (bool, bool | None):
-            found.append(f"{dotted}: must not be a truth value, got {value}")
-    return found
+            problems.append(f"{dotted}: must not be a boolean, got {value}")
+    return problems
 
 
 def known_only(cls: Any, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """`raw` without what `unknown_keys` complained of, so that the other errors show as well."""
+    """Return `raw` without the keys that `unknown_keys` reports, to validate the rest."""
     hints = typing.get_type_hints(cls)
-    kept: dict[str, Any] = {}
+    known: dict[str, Any] = {}
     for key, value in raw.items():
         if key not in hints:
             continue
         section = _section_type(hints[key])
         if section is None:
-            kept[key] = value
+            known[key] = value
         elif isinstance(value, Mapping):
-            kept[key] = known_only(section, value)
-    return kept
+            known[key] = known_only(section, value)
+    return known
 
 
 @cache
 def adapter(cls: Any) -> TypeAdapter[Any]:
-    """Pydantic's validator of a dataclass; making one takes milliseconds."""
+    """Return the pydantic validator of a dataclass, cached because building it is slow."""
     return TypeAdapter(cls)
 
 
 def wrong_values(cls: Any, values: Mapping[str, Any]) -> list[str]:
-    """Every value of a wrong type, and every one out of range."""
+    """Return a line for each value of a wrong type or out of range."""
     try:
         adapter(cls).validate_python(values)
     except ValidationError as error:
         details = error.errors()
     else:
         return []
-    found = [line for detail in details for line in _explain(detail)]
+    problems = [line for detail in details for line in _explain(detail)]
     mistyped = {detail["loc"][:2] for detail in details if detail["type"] != "value_error"}
     if not mistyped:
-        return found
-    # A section checks ranges only when all its types are right: ask again without the wrong ones,
-    # and pass over what is now said about these.
+        return problems
+    # A section checks ranges only if all its types are valid. Validate again without the mistyped
+    # keys, and ignore lines about them.
     rest = {
-        section: {key: value for key, value in of.items() if (section, key) not in mistyped}
-        for section, of in values.items()
+        section: {key: value for key, value in keys.items() if (section, key) not in mistyped}
+        for section, keys in values.items()
     }
     for line in wrong_values(cls, rest):
         section, *words = re.findall(r"\w+", line)
-        if line not in found and not any((section, word) in mistyped for word in words):
-            found.append(line)
-    return found
+        if line not in problems and not any((section, word) in mistyped for word in words):
+            problems.append(line)
+    return problems
 
 
 def _explain(detail: Mapping[str, Any]) -> list[str]:
-    place = ".".join(str(part) for part in detail["loc"])
+    dotted = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "value_error":
-        # A section's __post_init__: one problem a line, each beginning with the key's name.
-        return [f"{place}.{line}" for line in str(detail["ctx"]["error"]).splitlines()]
+        # From a section's __post_init__: one problem per line, each starting with the key.
+        return [f"{dotted}.{line}" for line in str(detail["ctx"]["error"]).splitlines()]
     message = detail["msg"].lower().replace("tuple", "list")
-    return [f"{place}: {message}, got {short_repr(detail['input'])}"]
+    return [f"{dotted}: {message}, got {short_repr(detail['input'])}"]

@@ -1,6 +1,6 @@
 """Fill the prompt cache: python jobs/cache_prompts.py --config C llama.prompt_cache=true ...
 
-Training and evaluation with llama.prompt_cache=true then read them. Run it again to resume.
+Training and evaluation with llama.prompt_cache=true read the cache. Run again to resume.
 """
 
 from hybrid.cli import main

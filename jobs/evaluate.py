@@ -1,6 +1,6 @@
-"""Solve and score: python jobs/evaluate.py --config configs/X.yaml [evaluation.checkpoint=DIR ...].
+"""Evaluate: python jobs/evaluate.py --config configs/X.yaml [evaluation.checkpoint=DIR ...].
 
-Run it again to resume.
+Run again to resume.
 """
 
 from hybrid import storage
@@ -11,7 +11,7 @@ from hybrid.launch import evaluate
 
 
 def run(config: Config) -> None:
-    """Evaluate, then print the scores and where everything is."""
+    """Evaluate, then print the scores and the paths of the outputs."""
     outcome = evaluate(config)
     print(describe(outcome.results))
     for name in ("results.json", "submission.json", "report.html"):

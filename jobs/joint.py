@@ -1,6 +1,6 @@
 """Train the hybrid: python jobs/joint.py --config configs/X.yaml [section.key=value ...].
 
-Run it again to resume.
+Run again to resume.
 """
 
 from hybrid.cli import main, print_result
@@ -9,9 +9,9 @@ from hybrid.launch import joint
 
 
 def run(config: Config) -> None:
-    """Train, then say what was learned."""
+    """Train, then print the result."""
     print_result(joint(config))
 
 
 if __name__ == "__main__":
-    main(__doc__, run, trains="hybrid")
+    main(__doc__, run, kind="hybrid")

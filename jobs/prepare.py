@@ -1,4 +1,4 @@
-"""Make a dataset: python jobs/prepare.py --config configs/X.yaml [section.key=value ...]."""
+"""Prepare a dataset: python jobs/prepare.py --config configs/X.yaml [section.key=value ...]."""
 
 from hybrid.cli import main
 from hybrid.dataset import prepare

@@ -1,6 +1,6 @@
 """Train the TRM: python jobs/pretrain.py --config configs/X.yaml [section.key=value ...].
 
-Run it again to resume.
+Run again to resume.
 """
 
 from hybrid.cli import main, print_result
@@ -9,7 +9,7 @@ from hybrid.launch import pretrain
 
 
 def run(config: Config) -> None:
-    """Train, then say what was learned."""
+    """Train, then print the result."""
     print_result(pretrain(config))
 
 

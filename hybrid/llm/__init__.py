@@ -1,4 +1,4 @@
-"""The language model that reads the puzzle; the only importer of transformers."""
+"""Language model that reads the puzzles; the only package that imports transformers."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ __all__ = [
 
 
 def check_model(config: LlamaConfig, models: Path) -> None:
-    """UserError for a model that is not to be had; loads no weights."""
-    from hybrid.llm import load  # transformers takes a second to import
+    """Raise UserError if the model is unavailable; no weights are loaded."""
+    from hybrid.llm import load  # importing transformers takes a second
 
     load.check_model(config, models)
 
@@ -36,11 +36,10 @@ def check_model(config: LlamaConfig, models: Path) -> None:
 def open_reader(
     config: LlamaConfig, device: torch.device, *, models: Path, prompt_cache: Path
 ) -> Reader:
-    """The language model of `config`, ready to read; see `load_backbone` for what it raises."""
+    """Load the language model of `config`; raises the errors of `load_backbone`."""
     from hybrid.llm.load import load_backbone
-    from hybrid.llm.prompt_cache import PromptCacheStore  # transformers takes a second to import
+    from hybrid.llm.prompt_cache import PromptCacheStore  # importing transformers takes a second
 
     backbone = load_backbone(config, device, models)
-    return Reader(
-        backbone, PromptCacheStore(prompt_cache, backbone) if config.prompt_cache else None
-    )
+    store = PromptCacheStore(prompt_cache, backbone) if config.prompt_cache else None
+    return Reader(backbone, store)

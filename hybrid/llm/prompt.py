@@ -1,4 +1,4 @@
-"""A puzzle as text: every demonstration and the test input, never a test output."""
+"""Text of a puzzle: all demonstrations and the test input, never a test output."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ INSTRUCTION = (
     " Apply the rule to the test input.\n\n"
 )
 CUE = "Output:\n"
-"""Ends an attempt: the next token would be the first cell of the answer."""
+"""End of an attempt's text; the next token would be the first cell of the answer."""
 REASONING_CUE = "The rule:"
-"""Begins the reasoning text, where one is asked for."""
+"""Start of the reasoning text, used with llama.max_new_tokens > 0."""
 
 
 def format_problem_text(
     task: Task, test: int = 0, *, history: Sequence[str] = (), shown: int | None = None
 ) -> str:
-    """The problem: demonstrations (the first `shown`, or all), the test input, then `history`.
+    """Return the demonstrations (all, or the first `shown`), the test input, then `history`.
 
-    `history`: what was said of the attempts so far, one line each. It stands at the end, so the
-    text of an attempt continues the text of the problem. Test outputs are not looked at.
+    `history` holds one feedback line per earlier attempt. It comes last, so that an attempt's text
+    continues the prompt. Test outputs are never read.
     """
     parts = [INSTRUCTION]
     for number, pair in enumerate(task.train[:shown], 1):
-        assert pair.output is not None, f"{task.id}: a demonstration without output"
+        assert pair.output is not None, f"{task.id}: demonstration without output"
         parts.append(
             f"Example {number}\nInput:\n{grid_to_string(pair.input)}\n"
             f"Output:\n{grid_to_string(pair.output)}\n\n"

@@ -1,10 +1,10 @@
-"""Problem encodings on disk: one safetensors file a problem, named by what it was made from.
+"""Prompt key-value caches on disk: one safetensors file per prompt, named after its content.
 
     <paths.prompt_cache>/<model fingerprint and dtype>/<SHA-256 of the tokens>.safetensors
         keys, values   [layers, heads, T, d]
 
-A frozen model's encoding of a text never changes, so nothing else need be known to reuse one. Files
-appear by renaming: what a killed job has written is whole.
+A frozen model always computes the same cache for the same tokens, so the file name identifies the
+content. Files are written to a temporary name and renamed, so a killed job leaves no partial file.
 """
 
 from __future__ import annotations
@@ -26,43 +26,43 @@ from hybrid.llm.backbone import Backbone, PromptCache, Tokens
 
 
 class PromptCacheStore:
-    """The encodings of one model."""
+    """Folder of prompt caches of one model and dtype."""
 
     def __init__(self, root: Path, backbone: Backbone) -> None:
         dtype = str(backbone.dtype).removeprefix("torch.")
         self.folder = root / f"{backbone.fingerprint()[:16]}-{dtype}"
         self.backbone = backbone
 
-    def path(self, problem: Tokens) -> Path:
-        """The file of a problem, which may not be there."""
-        digest = hashlib.sha256(np.array(problem, np.int64).tobytes()).hexdigest()
+    def path(self, prompt: Tokens) -> Path:
+        """Return the file of a prompt, which need not exist."""
+        digest = hashlib.sha256(np.array(prompt, np.int64).tobytes()).hexdigest()
         return self.folder / f"{digest}.safetensors"
 
-    def prefill(self, problems: Sequence[Tokens]) -> PromptCache:
-        """Problems as one batch, from disk where they are there, encoded now where not."""
-        found = [self._load(problem) for problem in problems]
-        missing = [n for n, one in enumerate(found) if one is None]
+    def prefill(self, prompts: Sequence[Tokens]) -> PromptCache:
+        """Return the cache of `prompts`, loaded from disk if stored and computed otherwise."""
+        caches = [self._load(prompt) for prompt in prompts]
+        missing = [n for n, cache in enumerate(caches) if cache is None]
         if missing:
-            made = self.backbone.prefill([problems[n] for n in missing])
-            for place, n in enumerate(missing):
-                found[n] = made.take(torch.tensor([place], device=self.backbone.device))
-        return PromptCache.join([one for one in found if one is not None])
+            computed = self.backbone.prefill([prompts[n] for n in missing])
+            for row, n in enumerate(missing):
+                caches[n] = computed.select(torch.tensor([row], device=self.backbone.device))
+        return PromptCache.join([cache for cache in caches if cache is not None])
 
-    def add(self, problems: Sequence[Tokens]) -> int:
-        """Encode and write those that are not there; returns how many that were."""
-        different = dict.fromkeys(map(tuple, problems))
-        missing = [problem for problem in different if not storage.exists(self.path(problem))]
+    def add(self, prompts: Sequence[Tokens]) -> int:
+        """Compute and write the caches of prompts that are not stored; return their number."""
+        unique = dict.fromkeys(map(tuple, prompts))
+        missing = [prompt for prompt in unique if not storage.exists(self.path(prompt))]
         if not missing:
             return 0
         make_folder(self.folder)
-        made = self.backbone.prefill(missing)
-        for row, problem in enumerate(missing):
-            length = len(problem)
+        computed = self.backbone.prefill(missing)
+        for row, prompt in enumerate(missing):
+            length = len(prompt)
             tensors = {
-                name: torch.stack([layer[which][row, :, -length:] for layer in made.layers])
-                for which, name in enumerate(("keys", "values"))
+                name: torch.stack([layer[index][row, :, -length:] for layer in computed.layers])
+                for index, name in enumerate(("keys", "values"))
             }
-            path = self.path(problem)
+            path = self.path(prompt)
             partial = path.with_suffix(f".{uuid4().hex}.partial")
             try:
                 save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial)
@@ -72,9 +72,9 @@ class PromptCacheStore:
             storage.upload(path)
         return len(missing)
 
-    def _load(self, problem: Tokens) -> PromptCache | None:
-        path = self.path(problem)
-        if not path.exists():  # an encoding never changes: a copy once made will do
+    def _load(self, prompt: Tokens) -> PromptCache | None:
+        path = self.path(prompt)
+        if not path.exists():  # files never change, so an existing copy needs no new download
             storage.download(path)
         if not path.exists():
             return None
@@ -83,11 +83,11 @@ class PromptCacheStore:
             with safe_open(path, "pt", device=str(device)) as file:
                 keys, values = file.get_tensor("keys"), file.get_tensor("values")
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: not a problem encoding ({error}); delete it") from error
-        tokens = torch.tensor([list(problem)], device=device)
+            raise UserError(f"{path}: not a valid prompt cache ({error}); delete it") from error
+        tokens = torch.tensor([list(prompt)], device=device)
         layers = zip(keys[:, None], values[:, None], strict=True)
         return PromptCache(
             tokens=tokens,
             mask=torch.ones_like(tokens, dtype=torch.bool),
-            layers=tuple((one, other) for one, other in layers),
+            layers=tuple((key, value) for key, value in layers),
         )

@@ -1,8 +1,8 @@
-"""Gradient checkpointing of a decoder, one layer at a time.
+"""Gradient checkpointing of a decoder, layer by layer.
 
-Backward computes each layer again from its input, so at any time the activations of one layer are
-in memory, and one layer's concatenation of remembered and new keys and values. `DynamicCache`
-appends in every forward, recomputed ones included; the two caches here can be updated again.
+Backward recomputes each layer from its input, so only one layer's activations, and its concatenated
+cached and new keys and values, are in memory at a time. `DynamicCache` appends in every forward,
+including recomputed ones; the two caches here give the same result when updated again.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ KeysValues = tuple[Tensor, Tensor]
 
 @contextmanager
 def layers_recomputed(decoder: Any) -> Iterator[None]:
-    """Checkpoint every layer of `decoder` in forwards inside the block.
+    """Checkpoint every layer of `decoder` in forwards inside the `with` block.
 
-    The checkpointing of transformers acts in training mode only, and without a cache.
+    The checkpointing of transformers works in training mode only, and without a cache.
     """
     for layer in decoder.layers:
-        # No dropout: there is no generator state to restore.
+        # No RNG state to preserve: the decoder has no dropout.
         layer.forward = partial(
             checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
         )
@@ -35,16 +35,16 @@ def layers_recomputed(decoder: Any) -> Iterator[None]:
         yield
     finally:
         for layer in decoder.layers:
-            del layer.forward  # uncovers the method of its class
+            del layer.forward  # restores the method of the class
 
 
 def read_only_cache(layers: Sequence[KeysValues | None]) -> Cache:
-    """A cache of `layers`, keys and values or None each, that new tokens are not added to."""
+    """Return a cache of `layers` (keys and values, or None) that does not store new tokens."""
     return Cache(layers=[_ReadOnly(layer) for layer in layers])
 
 
 def recording_cache(layers: int) -> Cache:
-    """An empty cache that keeps the keys and values of the first forward alone."""
+    """Return an empty cache that stores the keys and values of the first forward only."""
     return Cache(layers=[_Recording() for _ in range(layers)])
 
 

@@ -1,4 +1,4 @@
-"""A LLaMA of random weights and a tokenizer of bytes: for tests, it knows nothing."""
+"""LLaMA with random weights and a byte tokenizer, for tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 def tiny_random(dtype: torch.dtype) -> tuple[Any, Any]:
-    """(model, tokenizer): two layers of width 32, the same weights every time."""
+    """Return (model, tokenizer): two layers of width 32, always with the same weights."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<s>": 0, "</s>": 1} | {byte: n for n, byte in enumerate(alphabet, 2)}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -34,6 +34,6 @@ def tiny_random(dtype: torch.dtype) -> tuple[Any, Any]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
-    for weight in model.parameters():  # and not the rope: that is float32 in every model
+    for weight in model.parameters():  # not the RoPE buffers, which every model keeps in float32
         weight.data = weight.data.to(dtype)
     return model, tokenizer

@@ -144,7 +144,7 @@ def test_a_stopped_job_has_saved_its_last_step_and_is_resumed_by_the_same_comman
     assert 20 < step < LONG["steps"]
     lines = said(client, "stopped")
     assert any(line.startswith("SIGTERM: saving a checkpoint") for line in lines), lines
-    assert f"stopped: at step {step}: {found.folder}; the same command goes on" in lines[-1]
+    assert f"stopped: at step {step}: {found.folder}; run the same command to resume" in lines[-1]
 
     steps = f"training.steps={step + 7}"
     assert submit("again", "pretrain.py", config, steps).code == 0

@@ -127,7 +127,7 @@ def test_a_stopped_run_goes_on_to_the_weights_of_one_that_was_not(
     code, said = ended(process)
     step = stopped_at(config)
     folder = config.run_folder / "checkpoints" / f"step_{step:08d}"
-    last = f"stopped: at step {step}: {folder}; the same command goes on from there"
+    last = f"stopped: at step {step}: {folder}; run the same command to resume"
     before = [] if ask == "stop" else [f"{ask.name}: saving a checkpoint, then stopping"]
     assert (code, said) == (1, [*before, last])
     assert 20 <= step < STEPS and step % 150, "in the middle, not where one was due anyway"
@@ -167,7 +167,7 @@ def test_the_second_signal_ends_a_run_at_once(root: Path, job: Job, number: sign
     process.send_signal(number)
     code, said = ended(process)
     assert time.monotonic() - started < 10
-    assert (code, said[-1]) == (1, "stopped: the same command goes on")
+    assert (code, said[-1]) == (1, "stopped: run the same command to resume")
     assert not any("Traceback" in line for line in said)
     assert newest(config.run_folder / "checkpoints") is None
     assert not (config.run_folder / "stop").exists()
