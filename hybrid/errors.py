@@ -1,4 +1,4 @@
-"""The one exception that means "the user's input is wrong", and checks that many rooms share."""
+"""Exceptions for invalid user input and for stopping, and checks shared by all packages."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from typing import Any
 
 
 class UserError(Exception):
-    """Wrong input from outside: one line that names the place. Mains turn it into exit code 2."""
+    """Invalid user input, in one line that names file, key or task. Jobs exit with code 2."""
 
     def __init__(self, message: str) -> None:
-        # What is quoted in it comes from outside and may hold line breaks.
+        # Quoted user input may contain line breaks.
         super().__init__(" ".join(message.splitlines()))
 
 
 class CollectiveUserError(UserError):
-    """One that all training workers raise together: none is left waiting for another."""
+    """A UserError that all training workers raise together, so that none waits for another."""
 
 
 class Stopped(BaseException):
-    """A job was asked to end and has: nothing is lost, the same command goes on. Exit code 1.
+    """A job stopped on request; the same command resumes it. Exit code 1.
 
-    Like KeyboardInterrupt it is nothing that a library should take for an error of its own.
+    A BaseException like KeyboardInterrupt, so that libraries do not handle it as an error.
     """
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it; UserError if it cannot be made or not be written to."""
+    """Create a folder and its parents; raise UserError if that fails or it is not writable."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: this folder cannot be made ({error})") from error
+        raise UserError(f"{path}: cannot create this folder ({error})") from error
     if not os.access(path, os.W_OK | os.X_OK):
-        raise UserError(f"{path}: this folder cannot be written to")
+        raise UserError(f"{path}: this folder is not writable")
 
 
 def check_fields(config: Any, **limits: tuple[float | None, float | None]) -> list[str]:
-    """Problems of numeric fields outside their inclusive `(low, high)` limits, one line each.
+    """Return one line for each numeric field outside its inclusive `(low, high)` limits.
 
-    A None limit is open, to finite numbers; a field whose value is None is not checked. Lines start
-    with the field's name, so that `hybrid.config` can put the section in front of it.
+    A limit of None allows any finite number; fields whose value is None are not checked. Lines
+    start with the field's name, so that `hybrid.config` can prepend the section.
     """
     problems = []
     known = {field.name for field in fields(config)}
@@ -51,10 +51,10 @@ def check_fields(config: Any, **limits: tuple[float | None, float | None]) -> li
         value = getattr(config, name)
         if value is None:
             continue
-        # Written as "not inside" so that NaN, which compares false with everything, is refused.
+        # Negated comparisons, so that NaN, which compares false with everything, is rejected.
         if low is not None and not value >= low:
             problems.append(f"{name} must be at least {low:g}, got {value!r}")
         elif not value <= (high if high is not None else sys.float_info.max):
-            most = "finite" if high is None else f"at most {high:g}"
-            problems.append(f"{name} must be {most}, got {value!r}")
+            limit = "finite" if high is None else f"at most {high:g}"
+            problems.append(f"{name} must be {limit}, got {value!r}")
     return problems

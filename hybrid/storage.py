@@ -1,18 +1,20 @@
-"""Folders that lie in an object store, and their copies on this machine.
+"""Files in object stores, used through local copies.
 
-A place is a path or a URI that pyarrow knows (`s3://bucket/arc?region=eu-west-1`, `gs://...`). What
-is at a URI is worked on in a copy under `$ARC_HYBRID_CACHE` (~/.cache/arc-hybrid): everybody opens,
-writes and renames plain files. `download` brings a file before it is read, `upload` sends one when
-it is finished. Of a path that is no copy of anything they do nothing: all nodes see it as it is.
+A location is a path or a URI that pyarrow supports (`s3://bucket/arc?region=eu-west-1`,
+`gs://...`). A URI has a copy under `$ARC_HYBRID_CACHE` (~/.cache/arc-hybrid), so that all code
+opens, writes and renames plain files. `download` updates the copy before it is read; `upload`
+sends a finished file. Both ignore other paths, because all nodes share those.
 
-A store shows a file whole or not at all; of several files the one that names the others is
-published last.
+A store publishes each file atomically, but not several files together: upload the file that lists
+the others last.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import quote, unquote
@@ -24,50 +26,50 @@ from pyarrow import fs
 from hybrid.errors import UserError, make_folder
 
 
-def is_uri(place: str) -> bool:
-    """Whether a place is in a store and not in a file system of this machine."""
-    return "://" in place
+def is_uri(location: str) -> bool:
+    """Return whether a location is in an object store rather than a local file system."""
+    return "://" in location
 
 
-def join(place: str, *names: str) -> str:
-    """A place inside another; what follows `?` in a URI stays behind."""
-    if not is_uri(place):
-        return "/".join((place.rstrip("/") or place, *names))
-    path, mark, options = place.partition("?")
+def join(location: str, *names: str) -> str:
+    """Append names to a location; the options after `?` stay at the end of a URI."""
+    if not is_uri(location):
+        return "/".join((location.rstrip("/") or location, *names))
+    path, mark, options = location.partition("?")
     return "/".join((path.rstrip("/"), *map(quote, names))) + mark + options
 
 
-def folder(place: str) -> Path:
-    """Where a place is worked on: itself, or its copy on this machine."""
-    return _cache() / quote(place, safe="") if is_uri(place) else Path(place)
+def folder(location: str) -> Path:
+    """Return the local path of a location: the path itself, or the copy of a URI."""
+    return _cache() / quote(location, safe="") if is_uri(location) else Path(location)
 
 
-def child(place: str) -> Path:
-    """Like `folder`, as part of the copy of the place that holds it."""
-    if not is_uri(place):
-        return Path(place)
-    path, mark, options = place.partition("?")
-    holder, _, name = path.rpartition("/")
-    return folder(holder + mark + options) / unquote(name)
+def child(location: str) -> Path:
+    """Return the local path of a location inside the copy of its parent folder."""
+    if not is_uri(location):
+        return Path(location)
+    path, mark, options = location.partition("?")
+    parent, _, name = path.rpartition("/")
+    return folder(parent + mark + options) / unquote(name)
 
 
 def uri(path: Path) -> str:
-    """The reverse of `folder`, for files in it as well: what another machine can find."""
-    inside = _inside(path)
-    return join(unquote(inside[0]), *inside[1:]) if inside else str(path)
+    """Return the location of a local path, which other nodes can use; the inverse of `folder`."""
+    parts = _uri_parts(path)
+    return join(unquote(parts[0]), *parts[1:]) if parts else str(path)
 
 
 def is_cached(path: Path) -> bool:
-    """Whether a path is here only as the copy of something in a store."""
-    return _inside(path) is not None
+    """Return whether a path is the local copy of something in a store."""
+    return _uri_parts(path) is not None
 
 
 def download(path: Path) -> None:
-    """Bring a file's copy up to date; where the store has none there is none here afterwards."""
-    found = _home(path)
-    if not found:
+    """Update the local copy of a file; delete it if the store has no such file."""
+    remote = _remote(path)
+    if not remote:
         return
-    store, name = found
+    store, name = remote
     with _as_user_error(path):
         if store.get_file_info(name).type != fs.FileType.File:
             path.unlink(missing_ok=True)
@@ -82,10 +84,10 @@ def download(path: Path) -> None:
 
 
 def upload(path: Path, source: Path | None = None) -> None:
-    """Send a finished file to the store; `source`: the file that is to be there as `path`."""
-    found = _home(path)
-    if found:
-        store, name = found
+    """Upload a finished file; `source`: the local file to upload as `path`, if not `path`."""
+    remote = _remote(path)
+    if remote:
+        store, name = remote
         with _as_user_error(path):
             store.create_dir(os.path.dirname(name), recursive=True)
             fs.copy_files(
@@ -111,41 +113,41 @@ def write(path: Path, data: str | bytes) -> None:
 
 
 def names(path: Path) -> list[str]:
-    """What is in a folder, sorted; nothing where there is none."""
-    found = _home(path)
-    if not found:
+    """Return the sorted names in a folder; none if the folder does not exist."""
+    remote = _remote(path)
+    if not remote:
         return sorted(os.listdir(path)) if path.is_dir() else []
-    store, name = found
+    store, name = remote
     with _as_user_error(path):
-        inside = store.get_file_info(fs.FileSelector(name, allow_not_found=True))
-    return sorted(info.base_name for info in inside)
+        infos = store.get_file_info(fs.FileSelector(name, allow_not_found=True))
+    return sorted(info.base_name for info in infos)
 
 
 def exists(path: Path) -> bool:
-    """Whether a file or a folder with something in it is there."""
-    found = _home(path)
-    if not found:
+    """Return whether a file or folder exists; a store has no empty folders."""
+    remote = _remote(path)
+    if not remote:
         return path.exists()
-    store, name = found
+    store, name = remote
     with _as_user_error(path):
         return bool(store.get_file_info(name).type != fs.FileType.NotFound)
 
 
 def modified(path: Path) -> float:
-    """When a file that is there was last written, in seconds; of a copy, when the original was."""
-    found = _home(path)
-    if not found:
+    """Return a file's modification time, in Unix seconds; of a copy, the store's."""
+    remote = _remote(path)
+    if not remote:
         return path.stat().st_mtime
-    store, name = found
+    store, name = remote
     with _as_user_error(path):
         return float(store.get_file_info(name).mtime_ns) / 1e9
 
 
 def remove(path: Path) -> None:
-    """Take away a file or a folder, copy and original; it need not be there."""
-    found = _home(path)
-    if found and exists(path):
-        store, name = found
+    """Delete a file or folder, both in the store and its local copy, if it exists."""
+    remote = _remote(path)
+    if remote and exists(path):
+        store, name = remote
         with _as_user_error(path):
             is_file = store.get_file_info(name).type == fs.FileType.File
             (store.delete_file if is_file else store.delete_dir)(name)
@@ -156,11 +158,11 @@ def remove(path: Path) -> None:
 
 
 def read(path: Path) -> bytes | None:
-    """What a file holds in the store, its copy left alone; None where there is none."""
-    found = _home(path)
-    if not found:
+    """Return the content of a file without updating its copy; None if it does not exist."""
+    remote = _remote(path)
+    if not remote:
         return path.read_bytes() if path.is_file() else None
-    store, name = found
+    store, name = remote
     with _as_user_error(path):
         if store.get_file_info(name).type != fs.FileType.File:
             return None
@@ -169,17 +171,17 @@ def read(path: Path) -> bytes | None:
 
 
 def filesystem(path: Path) -> tuple[fs.FileSystem | None, str]:
-    """For libraries that write to stores themselves: pyarrow's file system and the name in it."""
-    return _home(path) or (None, str(path))
+    """Return the pyarrow file system (None if local) and the name of a path in it."""
+    return _remote(path) or (None, str(path))
 
 
 def _cache() -> Path:
-    place = os.environ.get("ARC_HYBRID_CACHE") or "~/.cache/arc-hybrid"
-    return Path(place).expanduser().absolute()
+    folder = os.environ.get("ARC_HYBRID_CACHE") or "~/.cache/arc-hybrid"
+    return Path(folder).expanduser().absolute()
 
 
-def _inside(path: Path) -> tuple[str, ...] | None:
-    """The quoted URI that a path is under and the names below it; None if it is no copy."""
+def _uri_parts(path: Path) -> tuple[str, ...] | None:
+    """Return a copy's quoted URI and the names below it; None for other paths."""
     try:
         parts = path.relative_to(_cache()).parts
     except ValueError:
@@ -187,12 +189,12 @@ def _inside(path: Path) -> tuple[str, ...] | None:
     return parts if parts and is_uri(unquote(parts[0])) else None
 
 
-def _home(path: Path) -> tuple[fs.FileSystem, str] | None:
-    inside = _inside(path)
-    if not inside:
+def _remote(path: Path) -> tuple[fs.FileSystem, str] | None:
+    parts = _uri_parts(path)
+    if not parts:
         return None
-    store, name = _open(unquote(inside[0]))
-    return store, "/".join((name, *inside[1:]))
+    store, name = _open(unquote(parts[0]))
+    return store, "/".join((name, *parts[1:]))
 
 
 @lru_cache(maxsize=16)
@@ -200,19 +202,14 @@ def _open(uri: str) -> tuple[fs.FileSystem, str]:
     try:
         store, name = fs.FileSystem.from_uri(uri)
     except (ValueError, OSError, pa.ArrowException) as error:
-        raise UserError(f"{uri}: no file system that pyarrow knows ({error})") from error
+        raise UserError(f"{uri}: pyarrow does not support this URI ({error})") from error
     return store, name.rstrip("/")
 
 
-class _as_user_error:
-    """What a store complains of is the user's to know, in one line that names the place."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError) and not isinstance(error, UserError):
-            raise UserError(f"{uri(self.path)}: {error}") from error
+@contextmanager
+def _as_user_error(path: Path) -> Iterator[None]:
+    """Turn OSErrors of a store into one-line UserErrors that name the URI."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{uri(path)}: {error}") from error
