@@ -1,1 +1,1 @@
-"""Ray: training workers, evaluation actors, the data stream, and sweeps."""
+"""Ray integration: training workers, evaluation actors, the data stream, and sweeps."""

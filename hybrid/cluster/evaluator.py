@@ -1,4 +1,4 @@
-"""Evaluation actors: plain actors, a few questions in flight, lost ones replaced."""
+"""Pool of evaluation actors with several questions in flight and replacement of lost actors."""
 
 from __future__ import annotations
 
@@ -18,44 +18,55 @@ from hybrid.cluster.runtime import cluster
 from hybrid.config import Config
 from hybrid.device import share_cores
 from hybrid.errors import UserError
-from hybrid.evaluate import HybridPredictor, Job, Question, TRMPredictor, open_predictor
+from hybrid.evaluate import (
+    HybridPredictor,
+    Job,
+    Prediction,
+    Question,
+    TRMPredictor,
+    open_predictor,
+)
 from hybrid.evaluate.run import PredictAll
-from hybrid.evaluate.trm_predictor import Prediction
 
 log = logging.getLogger(__name__)
 
 IN_FLIGHT = 2
-"""Questions an actor holds: the next one is there when the last is done."""
+"""Questions queued per actor, so that it does not wait for the driver between two."""
 WAIT_FOR_NODES_S = 1800.0
-"""A lost node may come back; so long nobody need be there to answer."""
+"""Seconds to wait for a lost node when no actor is alive."""
 
 
 class Evaluator:
-    """One actor: a solver that lives as long as the evaluation."""
+    """Actor that holds a predictor for the duration of an evaluation.
+
+    `actors_on_this_machine` sets its share of the CPU cores.
+    """
 
     def __init__(self, job: Job, checkpoint: str, actors_on_this_machine: int) -> None:
         share_cores(actors_on_this_machine)
         self.job = job
         self.checkpoint = checkpoint
-        self.solver: TRMPredictor | HybridPredictor | None = None
+        self.predictor: TRMPredictor | HybridPredictor | None = None
 
     def ready(self) -> None:
-        """Returns when the actor lives."""
+        """Return once the actor has started."""
 
-    def solve(self, question: Question) -> Prediction:
-        """See Solver.solve. The solver is opened here: what the user did wrong must not look like
-        the death of an actor.
+    def predict(self, question: Question) -> Prediction:
+        """Predict the outputs of a question.
+
+        The first call opens the predictor: a UserError raised in the constructor would be reported
+        as the actor's death.
         """
-        if self.solver is None:
+        if self.predictor is None:
             job = self.job
-            if storage.is_uri(self.checkpoint):  # another machine has another copy
+            if storage.is_uri(self.checkpoint):  # this node's cached copy
                 job = replace(job, checkpoint=read(storage.folder(self.checkpoint)))
-            self.solver = open_predictor(job)
-        return self.solver.solve(question)
+            self.predictor = open_predictor(job)
+        return self.predictor.predict(question)
 
 
 def predict_on_ray(config: Config) -> PredictAll:
-    """Answers questions on `cluster.num_workers` actors, in the order they are done."""
+    """Return a function that answers questions on actors and yields predictions as they complete."""
 
     def predict_all(job: Job, questions: Sequence[Question]) -> Iterator[Prediction]:
         size = min(config.cluster.num_workers, len(questions))
@@ -70,74 +81,74 @@ def predict_on_ray(config: Config) -> PredictAll:
 
 
 class _Pool:
-    """Actors by number; a question is given to one that lives, and comes back if it dies."""
+    """Actors by index. A question returns to the queue if its actor dies."""
 
     def __init__(self, config: Config, job: Job, size: int) -> None:
-        machines = max(1, sum(node["Alive"] for node in ray.nodes()))
+        nodes = max(1, sum(node["Alive"] for node in ray.nodes()))
         options = {
             "num_cpus": config.cluster.cpus_per_worker,
             "num_gpus": 1 if config.cluster.use_gpu else 0,
             "scheduling_strategy": "SPREAD",
         }
         self.actor_class = ray.remote(**options)(Evaluator)
-        place = storage.uri(job.checkpoint.folder)
-        self.arguments = ray.put(job), place, -(-size // machines)
+        checkpoint = storage.uri(job.checkpoint.folder)
+        self.arguments = ray.put(job), checkpoint, -(-size // nodes)
         self.replacements = config.cluster.max_failures
-        self.held: dict[int, dict[Any, Question]] = {n: {} for n in range(size)}
+        self.pending: dict[int, dict[Any, Question]] = {n: {} for n in range(size)}
         self.actors: dict[int, Any] = {}
         self.starting: dict[Any, int] = {}
-        for number in self.held:
-            self._start(number)
+        for index in self.pending:
+            self._start(index)
 
-    def _start(self, number: int) -> None:
-        self.actors[number] = self.actor_class.remote(*self.arguments)
-        self.starting[self.actors[number].ready.remote()] = number
+    def _start(self, index: int) -> None:
+        self.actors[index] = self.actor_class.remote(*self.arguments)
+        self.starting[self.actors[index].ready.remote()] = index
 
     def run(self, questions: Sequence[Question]) -> Iterator[Prediction]:
-        """Every question is answered once; those a lost actor held go back into the queue."""
-        waiting = deque(questions)
-        while waiting or any(self.held.values()):
-            for number, mine in self.held.items():
-                alive = number not in self.starting.values()
-                while alive and waiting and len(mine) < IN_FLIGHT:
-                    question = waiting.popleft()
-                    mine[self.actors[number].solve.remote(question)] = question
-            refs = [*self.starting, *(ref for mine in self.held.values() for ref in mine)]
-            nobody = len(self.starting) == len(self.actors)
-            timeout = WAIT_FOR_NODES_S if nobody else None
+        """Yield one prediction per question, in order of completion."""
+        queue = deque(questions)
+        while queue or any(self.pending.values()):
+            for index, pending in self.pending.items():
+                alive = index not in self.starting.values()
+                while alive and queue and len(pending) < IN_FLIGHT:
+                    question = queue.popleft()
+                    pending[self.actors[index].predict.remote(question)] = question
+            refs = [*self.starting, *(ref for pending in self.pending.values() for ref in pending)]
+            none_alive = len(self.starting) == len(self.actors)
+            timeout = WAIT_FOR_NODES_S if none_alive else None
             done, _ = ray.wait(refs, num_returns=1, timeout=timeout)
             if not done:
                 raise UserError(
                     f"cluster.num_workers: no evaluation actor could be placed for"
-                    f" {WAIT_FOR_NODES_S / 60:.0f} minutes; is a node gone for good?"
+                    f" {WAIT_FOR_NODES_S / 60:.0f} minutes; check `ray status` for missing nodes"
                 )
-            yield from self._take(done[0], waiting)
+            yield from self._handle(done[0], queue)
 
-    def _take(self, ref: Any, waiting: deque[Question]) -> Iterator[Prediction]:
-        """What came of one reference: an actor that lives now, an answer, or a death."""
-        number = self.starting.get(ref)
-        if number is None:
-            number = next(number for number, mine in self.held.items() if ref in mine)
+    def _handle(self, ref: Any, queue: deque[Question]) -> Iterator[Prediction]:
+        """Handle a completed reference: a started actor, a prediction, or an actor's death."""
+        index = self.starting.get(ref)
+        if index is None:
+            index = next(index for index, pending in self.pending.items() if ref in pending)
         try:
             prediction = ray.get(ref)
         except (RayActorError, ObjectLostError) as error:
-            waiting.extendleft(self.held[number].values())
-            self.held[number].clear()
+            queue.extendleft(self.pending[index].values())
+            self.pending[index].clear()
             self.starting.pop(ref, None)
-            self._replace(number, error)
+            self._replace(index, error)
         except UserError as error:
-            # Ray has made a traceback of it; what was raised is its cause.
+            # Ray's message is a traceback; the original exception is in `cause`.
             raise UserError(str(getattr(error, "cause", error))) from None
         else:
             if self.starting.pop(ref, None) is None:
-                del self.held[number][ref]
+                del self.pending[index][ref]
                 yield prediction
 
-    def _replace(self, number: int, error: RayActorError | ObjectLostError) -> None:
-        if not getattr(error, "preempted", False):  # a node that was taken away is nobody's fault
+    def _replace(self, index: int, error: RayActorError | ObjectLostError) -> None:
+        if not getattr(error, "preempted", False):  # drained nodes do not count
             if self.replacements == 0:
                 raise error
             self.replacements -= 1
-        why = str(error).partition("\n")[0]
-        log.warning("evaluation actor %d lost, starting another: %s", number, why)
-        self._start(number)
+        reason = str(error).partition("\n")[0]
+        log.warning("evaluation actor %d lost, starting another: %s", index, reason)
+        self._start(index)

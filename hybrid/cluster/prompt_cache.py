@@ -1,6 +1,4 @@
-"""Problem encodings made beforehand, by Ray Data: a plan of problems -> actors that each hold the
-language model and write what is missing.
-"""
+"""Fill the prompt cache with Ray Data: each actor of a pool holds the language model."""
 
 from __future__ import annotations
 
@@ -18,12 +16,12 @@ from hybrid.errors import UserError
 from hybrid.prompt_cache import PromptCacher
 
 
-def cache_prompts_on_ray(config: Config, plan: list[tuple[int, int]]) -> int:
-    """Encode what is not there yet on `cluster.num_workers` actors; returns how many that were."""
-    rows = [{"variant": variant, "number": number} for variant, number in plan]
+def cache_prompts_on_ray(config: Config, problems: list[tuple[int, int]]) -> int:
+    """Cache missing `problems` on `cluster.num_workers` actors; return the number added."""
+    rows = [{"variant": variant, "number": number} for variant, number in problems]
     with cluster(config, spare_cpus=1):
         quiet()
-        made = ray.data.from_items(rows).map_batches(
+        results = ray.data.from_items(rows).map_batches(
             _worker(config),
             batch_size=config.llama.batch_size,
             batch_format="numpy",
@@ -32,31 +30,33 @@ def cache_prompts_on_ray(config: Config, plan: list[tuple[int, int]]) -> int:
             num_gpus=1 if config.cluster.use_gpu else 0,
         )
         total = 0
-        for row in made.iter_rows():
-            if row["wrong"]:
-                raise UserError(row["wrong"])
-            total += row["made"]
+        for row in results.iter_rows():
+            if row["error"]:
+                raise UserError(row["error"])
+            total += row["added"]
         return total
 
 
 def _worker(config: Config) -> type:
-    """The class of the pool's actors. It holds the config itself: arguments of a constructor would
-    be lost with the node that keeps them, as Ray warns.
+    """Return the class of the pool's actors.
+
+    The class closes over `config`: Ray cannot restart an actor if the node that stores its
+    constructor arguments is lost.
     """
 
     class Worker:
         def __init__(self) -> None:
             share_cores(config.cluster.num_workers)
-            self.encoder: PromptCacher | None = None
+            self.cacher: PromptCacher | None = None
 
-        def __call__(self, plan: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[Any]]:
-            pairs = list(zip(plan["variant"].tolist(), plan["number"].tolist(), strict=True))
+        def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[Any]]:
+            problems = list(zip(batch["variant"].tolist(), batch["number"].tolist(), strict=True))
             try:
-                if self.encoder is None:
-                    self.encoder = PromptCacher(config, compute_device(config.cluster.use_gpu))
-                return {"made": [self.encoder.add(pairs)], "wrong": [""]}
+                if self.cacher is None:
+                    self.cacher = PromptCacher(config, compute_device(config.cluster.use_gpu))
+                return {"added": [self.cacher.add(problems)], "error": [""]}
             except UserError as error:
-                # Raised, it would arrive as a fault of Ray's.
-                return {"made": [0], "wrong": [str(error)]}
+                # If raised, Ray Data would wrap it in an error of its own.
+                return {"added": [0], "error": [str(error)]}
 
     return Worker

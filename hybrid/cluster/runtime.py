@@ -1,4 +1,4 @@
-"""Joining a cluster or starting one on this machine."""
+"""Connect to a Ray cluster, or start one on this machine."""
 
 from __future__ import annotations
 
@@ -22,29 +22,30 @@ from hybrid.errors import Stopped, UserError, make_folder
 
 LOCAL = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # makes a cluster of one machine listen on 127.0.0.1
-    "RAY_AUTH_MODE": "disabled",  # else a token file appears in the user's home
-    "RAY_worker_niceness": "0",  # a worker that others overtake stalls at every barrier of OpenMP
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # a single node then listens on 127.0.0.1 only
+    "RAY_AUTH_MODE": "disabled",  # else Ray writes a token file to the home directory
+    "RAY_worker_niceness": "0",  # a worker with low priority stalls at OpenMP barriers
 }
-"""Environment of a cluster of our own; what the user has set stays."""
+"""Environment defaults of a local cluster."""
 EVERYWHERE = {
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # workers' prints would come out twice
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else workers' output is printed twice
 }
+"""Environment defaults of any cluster."""
 CONNECT_S = 10.0
+"""Timeout for the head node to accept a connection, seconds."""
 PACKAGE = Path(__file__).parents[1]
 
 
 @contextmanager
 def cluster(config: Config, *, workers: int | None = None, spare_cpus: int = 0) -> Iterator[None]:
-    """Inside, ray is connected.
+    """Connect Ray for the duration of the block.
 
-    To the running cluster where RAY_ADDRESS or a job names one, else to one of this machine that
-    ends with the block. Raises UserError if the cluster can never hold `workers`
-    (cluster.num_workers when not given) and `spare_cpus` for other tasks, or if a node of it does
-    not see paths.root.
+    Joins the cluster that RAY_ADDRESS or a submitted job names; else starts one on this machine and
+    shuts it down at the end. Raises UserError if the cluster is too small for `workers` (default:
+    cluster.num_workers) and `spare_cpus` for other tasks, or if a node cannot see paths.root.
     """
-    ours = not ray.is_initialized()
-    if ours:
+    connects = not ray.is_initialized()
+    if connects:
         with _signals_kept():
             address = os.environ.get("RAY_ADDRESS")
             _join(address) if address else start_local()
@@ -53,22 +54,22 @@ def cluster(config: Config, *, workers: int | None = None, spare_cpus: int = 0) 
         _check_shared(config)
         yield
     except SystemError as error:
-        # What a signal's handler raises while Ray's library waits comes out of it like this.
+        # Ray wraps an exception that a signal handler raises during a blocking call.
         if isinstance(error.__cause__, Stopped):
             raise error.__cause__ from None
         raise
     finally:
-        if ours:
+        if connects:
             ray.shutdown()
 
 
 def start_local(num_cpus: int | None = None) -> None:
-    """A cluster of this machine alone, which nobody else can reach."""
+    """Start a cluster on this machine that listens on the loopback interface only."""
     for name, value in (LOCAL | EVERYWHERE).items():
         os.environ.setdefault(name, value)
-    # Ray has read this one when it was imported; the processes it starts read it again.
+    # Ray reads this variable at import, and the processes it starts read it again.
     ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
-    # Workers' own logs are in the run folder; what they raise comes back here.
+    # Workers log to the run folder, and Ray re-raises their exceptions here.
     ray.init(
         address="local",
         num_cpus=num_cpus,
@@ -80,9 +81,7 @@ def start_local(num_cpus: int | None = None) -> None:
 
 @contextmanager
 def _signals_kept() -> Iterator[None]:
-    """Ray takes SIGTERM for a crash, or exits by itself; what the job wants with it stands again
-    afterwards.
-    """
+    """Restore our signal handlers after ray.init() replaces them."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     if threading.current_thread() is threading.main_thread():
@@ -92,7 +91,7 @@ def _signals_kept() -> Iterator[None]:
 
 
 def _join(address: str) -> None:
-    """The cluster at `address`, which gets the package from here unless a job has brought it."""
+    """Connect to the cluster at `address`; upload this package unless a submitted job did."""
     for name, value in EVERYWHERE.items():
         os.environ.setdefault(name, value)
     if "://" in address:
@@ -101,7 +100,7 @@ def _join(address: str) -> None:
             " ray job submit --working-dir . -- python ..."
         )
     if address != "auto":
-        _check_there(address)
+        _check_reachable(address)
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     try:
         ray.init(
@@ -114,8 +113,8 @@ def _join(address: str) -> None:
         raise UserError(f"RAY_ADDRESS={address}: no cluster there ({error})") from None
 
 
-def _check_there(address: str) -> None:
-    """UserError, in seconds, if nobody listens: Ray would go on trying for many minutes."""
+def _check_reachable(address: str) -> None:
+    """Raise UserError if no process listens at `address`; Ray itself retries for minutes."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
@@ -124,47 +123,45 @@ def _check_there(address: str) -> None:
 
 
 def check_fits(config: Config, workers: int, spare_cpus: int) -> None:
-    """UserError if the cluster is too small for the workers, even with nothing else on it."""
-    wanted = workers * config.cluster.cpus_per_worker
-    have = ray.cluster_resources()
-    cpus = have.get("CPU", 0.0)
-    # Ray Data makes the rows in tasks of its own: without a core for them training never starts.
-    if wanted > cpus - spare_cpus:
+    """Raise UserError if the cluster is too small for the workers, even when it is idle."""
+    needed = workers * config.cluster.cpus_per_worker
+    resources = ray.cluster_resources()
+    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    # Ray Data runs its tasks on spare cores: without one, training never starts.
+    if needed > cpus - spare_cpus:
         spare = " and one for the data stream" if spare_cpus else ""
         raise UserError(
             f"cluster.num_workers={workers} of cpus_per_worker="
-            f"{config.cluster.cpus_per_worker:g} need {wanted:g} CPUs{spare};"
+            f"{config.cluster.cpus_per_worker:g} need {needed:g} CPUs{spare};"
             f" the cluster has {cpus:g}"
         )
-    if config.cluster.use_gpu and workers > have.get("GPU", 0.0):
+    if config.cluster.use_gpu and workers > gpus:
         raise UserError(
-            f"cluster.use_gpu: {workers} workers need a GPU each;"
-            f" the cluster has {have.get('GPU', 0.0):g}"
+            f"cluster.use_gpu: {workers} workers need a GPU each; the cluster has {gpus:g}"
         )
 
 
 def _check_shared(config: Config) -> None:
-    """UserError if a node does not see what this process writes under paths.root."""
+    """Raise UserError if a node cannot see a file that this process writes under paths.root."""
     here = ray.get_runtime_context().get_node_id()
     others = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
     root = config.paths.root
     if not others and not storage.is_uri(root):
         return
-    mark = storage.folder(root) / f".seen-{uuid4().hex}"
+    marker = storage.folder(root) / f".seen-{uuid4().hex}"
     try:
-        make_folder(mark.parent)
-        mark.write_text("a job looks whether all nodes see this folder\n")
-        storage.upload(mark)
+        make_folder(marker.parent)
+        storage.write(marker, "checks that all nodes of the cluster see this folder\n")
         task = ray.remote(num_cpus=0)(_sees)
-        asked = {
+        pending = {
             node: task.options(
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
-            ).remote(root, mark.name)
+            ).remote(root, marker.name)
             for node in others
         }
-        blind = [node for node, sees in asked.items() if _get(sees) is False]
+        blind = [node for node, ref in pending.items() if _get(ref) is False]
     finally:
-        storage.remove(mark)
+        storage.remove(marker)
     if blind:
         raise UserError(
             f"paths.root={root}: {len(blind)} of the cluster's {len(others) + 1} nodes do not see"
@@ -173,7 +170,7 @@ def _check_shared(config: Config) -> None:
 
 
 def _get(ref: Any) -> Any:
-    """The result, or None if its node is gone: Ray notices that only after a while."""
+    """Return a task's result, or None if its node is dead, which Ray notices with a delay."""
     try:
         return ray.get(ref)
     except (TaskUnschedulableError, NodeDiedError, WorkerCrashedError):

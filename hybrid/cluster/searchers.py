@@ -1,4 +1,4 @@
-"""Which trials a sweep still has to run: drawn beforehand, or proposed by Optuna as others end."""
+"""Search algorithms: trials sampled in advance, or suggested by Optuna while the sweep runs."""
 
 from __future__ import annotations
 
@@ -15,53 +15,58 @@ from hybrid.errors import UserError
 from hybrid.sweep import Axis, Trial, draw, read_trial, trial_name
 
 OBJECTIVE = "validation/objective"
-PROPOSALS = 200
-"""After so many that were known already, there are no others."""
+MAX_DUPLICATES = 200
+"""Give up after this many consecutive duplicate suggestions."""
 
 
 def known_trials(config: Config) -> list[Trial]:
-    """All trials that have begun."""
+    """Return all trials that have started."""
     folder = config.runs_folder
-    found = [read_trial(folder / name) for name in storage.names(folder)]
-    return [trial for trial in found if trial]
+    trials = [read_trial(folder / name) for name in storage.names(folder)]
+    return [trial for trial in trials if trial]
 
 
 class RandomSearch:
-    """Trials drawn beforehand; those that have ended tell Tune so, those that failed are left."""
+    """Trials sampled in advance.
+
+    Tune runs finished trials again, which report their validations and return. Failed trials are
+    left out.
+    """
 
     def __init__(self, config: Config, axes: Sequence[Axis]) -> None:
-        failed = {trial.name for trial in known_trials(config) if trial.status == "failed"}
-        drawn = draw(axes, config.sweep.num_samples, config.sweep.seed)
-        done = {trial.name for trial in known_trials(config) if trial.status != "unfinished"}
-        self.count = len(drawn)
-        left = [values for values in drawn if trial_name(values) not in failed]
-        self.names = {trial_name(values) for values in drawn}
-        self.open = any(trial_name(values) not in done for values in left)
-        self.said = f"{len(drawn)} trials, {len(done)} of them done"
-        self.space = {"values": tune.grid_search(left)}
+        known = known_trials(config)
+        failed = {trial.name for trial in known if trial.status == "failed"}
+        ended = {trial.name for trial in known if trial.status != "unfinished"}
+        sampled = draw(axes, config.sweep.num_samples, config.sweep.seed)
+        self.count = len(sampled)
+        runnable = [values for values in sampled if trial_name(values) not in failed]
+        self.names = {trial_name(values) for values in sampled}
+        self.open = any(trial_name(values) not in ended for values in runnable)
+        self.summary = f"{len(sampled)} trials, {len(ended)} of them done"
+        self.space = {"values": tune.grid_search(runnable)}
         self.num_samples = 1
         self.searcher = None
 
 
 class OptunaSearch:
-    """Trials chosen as they go, by what is known of those that have ended."""
+    """Trials suggested by Optuna from the scores of trials that have ended."""
 
     def __init__(self, config: Config, axes: Sequence[Axis]) -> None:
         known = known_trials(config)
         ended = [trial for trial in known if trial.status != "unfinished"]
         self.count = config.sweep.num_samples
         sizes = [_size(axis) for axis in axes]
-        if all(sizes):  # no more trials than there are different ones
+        if all(sizes):  # the space is finite
             self.count = min(self.count, math.prod(sizes))
         self.num_samples = max(0, self.count - len(ended))
-        self.names: set[str] = set()  # it may end below the count
+        self.names: set[str] = set()  # unknown in advance
         self.open = self.num_samples > 0
-        self.said = f"{self.count} trials, {len(ended)} of them done"
-        self.space: dict[str, Any] = {}  # the searcher has it
-        going = [dict(trial.values) for trial in known if trial.status == "unfinished"]
-        # With the same seed it would propose the same again.
+        self.summary = f"{self.count} trials, {len(ended)} of them done"
+        self.space: dict[str, Any] = {}  # the searcher holds the space
+        unfinished = [dict(trial.values) for trial in known if trial.status == "unfinished"]
+        # With an unchanged seed Optuna would repeat its first suggestions.
         self.searcher = _optuna_search(
-            axes, config.sweep.seed + len(ended), going, {trial.name for trial in ended}
+            axes, config.sweep.seed + len(ended), unfinished, {trial.name for trial in ended}
         )
         for trial in ended:
             if trial.last:
@@ -69,11 +74,11 @@ class OptunaSearch:
 
 
 def _optuna_search(
-    axes: Sequence[Axis], seed: int, going: list[dict[str, Any]], known: set[str]
+    axes: Sequence[Axis], seed: int, unfinished: list[dict[str, Any]], ended: set[str]
 ) -> Any:
-    """Optuna behind Tune; no values are proposed twice, they would end in the same weights.
+    """Return Tune's Optuna searcher without duplicates, because training is deterministic.
 
-    `going`: values of trials that had begun, which come first. `known`: names of those that ended.
+    `unfinished`: values of started trials, which it suggests first. `ended`: names of ended trials.
     """
     try:
         from optuna.trial import TrialState
@@ -83,14 +88,14 @@ def _optuna_search(
             'sweep.search=optuna: not installed; pip install "arc-hybrid[optuna]"'
         ) from None
     logging.getLogger("optuna").setLevel(logging.ERROR)
-    given = set(known)
+    suggested = set(ended)
 
     class Search(TuneSearch):  # type: ignore[misc]
         def suggest(self, trial_id: str) -> Any:
-            for _ in range(PROPOSALS):
+            for _ in range(MAX_DUPLICATES):
                 values = super().suggest(trial_id)
-                if trial_name(values) not in given:
-                    given.add(trial_name(values))
+                if trial_name(values) not in suggested:
+                    suggested.add(trial_name(values))
                     return values
                 self._ot_study.tell(self._ot_trials.pop(trial_id), state=TrialState.FAIL)
             return self.FINISHED
@@ -100,12 +105,12 @@ def _optuna_search(
         metric=OBJECTIVE,
         mode="max",
         seed=seed,
-        points_to_evaluate=going or None,
+        points_to_evaluate=unfinished or None,
     )
 
 
 def _size(axis: Axis) -> int:
-    """How many values it has; 0 for too many to count."""
+    """Return the number of values of an axis; 0 if it is continuous."""
     if axis.kind == "int":
         return int(axis.values[1] - axis.values[0] + 1)
     return len(axis.values) if axis.kind == "choice" else 0

@@ -1,4 +1,4 @@
-"""The stream as a Ray Data pipeline: plan -> augmentation, translation, tokens -> batches."""
+"""Training rows from Ray Data tasks: block numbers -> rows of augmented tasks -> batches."""
 
 from __future__ import annotations
 
@@ -18,56 +18,56 @@ from hybrid.dataset.stream import Rows
 from hybrid.errors import UserError
 
 ROWS_PER_BLOCK = 256
-"""Rows that a task makes."""
+"""Rows per Ray Data task."""
 BLOCKS_PER_PIPELINE = 32
-"""A worker waits for so many blocks before its first row, and holds twice as many."""
+"""Blocks per pipeline: a worker waits for one pipeline at the start and holds two at a time."""
 
 
 def quiet() -> None:
-    """Ray Data reports every pipeline; what a user should know is said elsewhere."""
+    """Turn off Ray Data's progress bars and log lines for every pipeline."""
     DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def ray_rounds(stream: Stream, slots: range, total_slots: int, first: int) -> Iterator[Rows]:
-    """Rounds `first`, `first` + 1, ... of some slots, made by Ray Data tasks in the cluster.
+    """Yield rounds `first`, `first` + 1, ... of `slots`, made by Ray Data tasks in the cluster.
 
-    What a task needs to know is the number of a block and the dataset's folder: rows are a function
-    of their position. A pipeline is made whole, and the next one while its rows are taken. One that
-    had to wait for its reader would keep Ray Data's executor busy, in the worker, for as long as it
-    lives: that cost two workers on two cores half of their time.
+    A task needs only a block number and the dataset's folder, because rows are a function of their
+    position. Each pipeline is materialized while the rows of the previous one are consumed: a
+    streaming pipeline would keep Ray Data's executor spinning in the worker while it waits, which
+    cost two workers on two cores half of their time.
     """
-    place = storage.uri(stream.dataset.folder)
+    folder = storage.uri(stream.dataset.folder)
     per_block = max(1, ROWS_PER_BLOCK // len(slots))
     context = DataContext.get_current()
     quiet()
-    # Blocks must arrive in the order of their numbers.
+    # Blocks must arrive in order.
     context.execution_options.preserve_order = True
     recipe = stream.dataset.fingerprint, stream.seed, stream.variants
 
     def make(block: dict[str, np.ndarray]) -> Rows:
         (number,) = block["id"].tolist()
-        return _stream(place, *recipe).rounds(number, per_block, slots, total_slots)
+        return _stream(folder, *recipe).rounds(number, per_block, slots, total_slots)
 
     def pipeline(first: int) -> MaterializedDataset:
         last = first + BLOCKS_PER_PIPELINE * per_block
         numbers = [{"id": number} for number in range(first, last, per_block)]
-        plan = ray.data.from_items(numbers, override_num_blocks=len(numbers))
-        return plan.map_batches(make, batch_size=None, batch_format="numpy").materialize()
+        blocks = ray.data.from_items(numbers, override_num_blocks=len(numbers))
+        return blocks.map_batches(make, batch_size=None, batch_format="numpy").materialize()
 
-    with ThreadPoolExecutor(1) as ahead:
-        coming = ahead.submit(pipeline, first)
+    with ThreadPoolExecutor(1) as executor:
+        upcoming = executor.submit(pipeline, first)
         while True:
-            made = coming.result()
+            dataset = upcoming.result()
             first += BLOCKS_PER_PIPELINE * per_block
-            coming = ahead.submit(pipeline, first)
-            yield from made.iter_batches(batch_size=len(slots), batch_format="numpy")
+            upcoming = executor.submit(pipeline, first)
+            yield from dataset.iter_batches(batch_size=len(slots), batch_format="numpy")
 
 
 @lru_cache(maxsize=2)
-def _stream(place: str, fingerprint: str, seed: int, variants: int | None = None) -> Stream:
-    """A task's process keeps the dataset it has read; it must be the one the run began with."""
-    dataset = Dataset.open(storage.folder(place))
+def _stream(folder: str, fingerprint: str, seed: int, variants: int | None = None) -> Stream:
+    """Open the dataset once per process; raise UserError if the run started with another one."""
+    dataset = Dataset.open(storage.folder(folder))
     if dataset.fingerprint != fingerprint:
-        raise UserError(f"{place}: another dataset was prepared here while a run was reading it")
+        raise UserError(f"{folder}: another dataset was prepared here while a run was reading it")
     return Stream(dataset, seed, variants)

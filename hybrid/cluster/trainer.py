@@ -1,4 +1,4 @@
-"""Training workers: TorchTrainer around the loop, and the loop's view of Ray."""
+"""Training workers: a TorchTrainer around the training loop, and its RunContext on Ray."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ from hybrid.evaluate import Validation
 from hybrid.train import Diverged, Result, joint, pretrain
 
 RAY_FOLDER = "ray"
-"""Ray Train's own bookkeeping, inside the run folder."""
-REFUSAL = "refusal.txt"
-"""In it: what one worker found wrong with the input."""
+"""Subfolder of the run folder for Ray Train's own records."""
+USER_ERROR = "refusal.txt"
+"""File in it with the UserError that a single worker raised."""
 
 WAIT_FOR_NODES_MIN = 30
-"""A lost node may come back; Ray Train tries once a minute."""
+"""Minutes to wait for a lost node; Ray Train retries once a minute."""
 
 _preempted = threading.Event()
-"""This worker's process was told to go (SIGTERM)."""
+"""Set when this worker's process receives SIGTERM."""
 
 T = TypeVar("T")
 
 
 class WorkerPreempted(RuntimeError):
-    """This worker was told to go and has saved; Ray Train goes on with another in its place."""
+    """Raised after SIGTERM, once the checkpoint is saved; Ray Train then replaces the worker."""
 
 
 class RayContext(ProcessGroupContext):
-    """A Ray Train worker: its process group, and rows from Ray Data."""
+    """RunContext of a Ray Train worker: its process group, and rows from Ray Data."""
 
     def __init__(self, run: str) -> None:
         super().__init__(ray.train.torch.get_device())
@@ -59,62 +59,65 @@ class RayContext(ProcessGroupContext):
         self.saved_for: object = None
 
     def rounds(self, stream: Stream, slots: range, total_slots: int, first: int) -> Iterator[Rows]:
-        """Made by Ray Data."""
+        """Yield rounds of rows from Ray Data."""
         return ray_rounds(stream, slots, total_slots, first)
 
     def signal(self) -> Signal:
-        """SAVE when this process, or a node of the cluster, is about to go."""
-        # The public get_preemption_info is a barrier over all workers: too slow for every step,
-        # and `agree` is one already.
-        warned = get_train_context().preemption_context.preemption_info
-        drained = warned is not None and warned != self.saved_for
-        self.saved_for = warned
+        """Return SAVE if this process or a node of the cluster is about to be stopped."""
+        # The public get_preemption_info is a barrier over all workers, which is too slow for every
+        # step; `agree` synchronizes them already.
+        warning = get_train_context().preemption_context.preemption_info
+        drained = warning is not None and warning != self.saved_for
+        self.saved_for = warning
         return Signal.SAVE if drained or _preempted.is_set() else Signal.NONE
 
     def gauge(self, metrics: Mapping[str, float]) -> None:
-        """On the dashboard, and wherever Prometheus looks."""
+        """Set the gauges on the Ray dashboard."""
         self.gauges.set(metrics)
 
     def report(self, metrics: Mapping[str, Any], checkpoint: Path) -> None:
-        """Tell the controller. The checkpoint is ours: it stands on shared storage already."""
+        """Report metrics and the checkpoint's URI; the checkpoint is already on shared storage."""
         if _preempted.is_set():
             raise WorkerPreempted(f"SIGTERM: {checkpoint.name} is saved")
         ray.train.report({**metrics, "checkpoint": storage.uri(checkpoint)})
 
 
 class _Backend(_TorchBackend):  # type: ignore[misc]
-    """torch.distributed as Ray Train sets it up, in workers that survive a SIGTERM long enough."""
+    """Ray Train's torch.distributed backend, with a SIGTERM handler so that workers save first."""
 
     def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
         super().on_training_start(worker_group, backend_config)
-        worker_group.execute(_hear_sigterm)
+        worker_group.execute(_handle_sigterm)
 
 
-class _Config(TorchConfig):  # type: ignore[misc]
+class _TorchConfig(TorchConfig):  # type: ignore[misc]
     @property
     def backend_cls(self) -> type:
         return _Backend
 
 
-def _hear_sigterm() -> None:
-    """In the main thread of a worker, which is not the one that trains."""
-    before = signal.getsignal(signal.SIGTERM)
+def _handle_sigterm() -> None:
+    """Install a SIGTERM handler in a worker's main thread; training runs in another thread.
 
-    def hear(number: int, frame: FrameType | None) -> None:
-        again = _preempted.is_set()
+    A second SIGTERM calls the previous handler.
+    """
+    previous = signal.getsignal(signal.SIGTERM)
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        repeated = _preempted.is_set()
         _preempted.set()
-        if again and callable(before):
-            before(number, frame)
+        if repeated and callable(previous):
+            previous(number, frame)
 
-    signal.signal(signal.SIGTERM, hear)
+    signal.signal(signal.SIGTERM, handler)
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
-    """What every worker runs. Takes and returns plain values: they are pickled."""
+    """Run the training loop in a worker. Arguments and results are plain values, for pickling."""
     config = from_dict(settings["config"])
-    refusal = _refusal(config)
-    if refusal:
-        return {"user_error": refusal}
+    earlier_error = _read_user_error(config)
+    if earlier_error:
+        return {"user_error": earlier_error}
     share_cores(ray.train.get_context().get_local_world_size())
     try:
         loop = joint if settings["kind"] == "hybrid" else pretrain
@@ -122,12 +125,12 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     except UserError as error:
         if isinstance(error, CollectiveUserError) or ray.train.get_context().get_world_size() == 1:
             return {"user_error": str(error)}
-        # The others are waiting for this one, and Ray looks at what rank 0 returns: it ends them,
-        # and `_refusal` the next try.
-        _refuse(config, str(error))
+        # The other workers wait in a collective, and Ray reads only rank 0's result. So fail the
+        # whole group, and let the restarted workers return the error.
+        _write_user_error(config, str(error))
         raise
     except Diverged as error:
-        # Not a fault to recover from: the same steps again would end in the same place.
+        # A restart would repeat the same steps and diverge again.
         return {"diverged": str(error)}
     return {
         "step": result.step,
@@ -139,28 +142,27 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _refuse(config: Config, reason: str) -> None:
-    path = config.run_folder / RAY_FOLDER / REFUSAL
-    with suppress(OSError, UserError):  # it was perhaps the disk that was full
+def _write_user_error(config: Config, message: str) -> None:
+    path = config.run_folder / RAY_FOLDER / USER_ERROR
+    with suppress(OSError, UserError):  # the error itself may be a full disk
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(reason)
-        storage.upload(path)
+        storage.write(path, message)
 
 
-def _refusal(config: Config) -> str | None:
-    """What a worker of an earlier try found wrong with the input: it still would."""
-    found = storage.read(config.run_folder / RAY_FOLDER / REFUSAL)
-    return found.decode() if found else None
+def _read_user_error(config: Config) -> str | None:
+    """Return the UserError that ended the previous worker group, or None."""
+    data = storage.read(config.run_folder / RAY_FOLDER / USER_ERROR)
+    return data.decode() if data else None
 
 
 def trainer(config: Config, kind: str, callbacks: list[Any] | None = None) -> TorchTrainer:
-    """The loop of a `kind` on the config's workers."""
+    """Return a trainer that runs the loop of `kind` (trm or hybrid) on the config's workers."""
     workers = config.cluster
     store, name = storage.filesystem(config.run_folder)
     return TorchTrainer(
         train_worker,
         train_loop_config={"config": to_dict(config), "kind": kind},
-        torch_config=_Config(),
+        torch_config=_TorchConfig(),
         scaling_config=ScalingConfig(
             num_workers=(workers.min_workers, workers.num_workers)
             if workers.min_workers
@@ -184,58 +186,59 @@ def trainer(config: Config, kind: str, callbacks: list[Any] | None = None) -> To
 
 
 def run(trainer: TorchTrainer, config: Config) -> Result:
-    """Train, replacing lost workers; rerun to resume."""
-    # Ray's own record would resume a finished run as finished; the loop looks for itself.
+    """Train and replace lost workers; rerunning resumes from the newest checkpoint."""
+    # With its own records, Ray would treat a longer run of a finished config as finished.
     storage.remove(config.run_folder / RAY_FOLDER)
     try:
-        found = trainer.fit().return_value
+        returned = trainer.fit().return_value
     except WorkerGroupError as error:
-        refusal = next(filter(None, map(_user_error, error.worker_failures.values())), None)
-        if refusal:
-            raise refusal from error
+        user_error = next(filter(None, map(_user_error, error.worker_failures.values())), None)
+        if user_error:
+            raise user_error from error
         raise
     except ControllerError as error:
         raise UserError(
             f"cluster.num_workers={config.cluster.num_workers}: the workers could not be placed for"
-            f" {WAIT_FOR_NODES_MIN} minutes; is a node gone for good? ({error.controller_failure})"
+            f" {WAIT_FOR_NODES_MIN} minutes; check `ray status` for missing nodes"
+            f" ({error.controller_failure})"
         ) from error
-    if "user_error" in found:
-        raise UserError(found["user_error"])
-    if "diverged" in found:
-        raise Diverged(found["diverged"])
-    validation = Validation(**found["validation"]) if found["validation"] else None
-    checkpoint = storage.folder(found["checkpoint"])
-    return Result(**{**found, "checkpoint": checkpoint, "validation": validation})
+    if "user_error" in returned:
+        raise UserError(returned["user_error"])
+    if "diverged" in returned:
+        raise Diverged(returned["diverged"])
+    validation = Validation(**returned["validation"]) if returned["validation"] else None
+    checkpoint = storage.folder(returned["checkpoint"])
+    return Result(**{**returned, "checkpoint": checkpoint, "validation": validation})
 
 
 def _user_error(error: BaseException | None) -> UserError | None:
-    """The UserError behind what Ray raises."""
+    """Return the UserError in an exception's chain of causes, or None."""
     while error and not isinstance(error, UserError):
         error = error.__cause__
     return error if isinstance(error, UserError) else None
 
 
 def fit(config: Config, kind: str) -> Result:
-    """Run the loop of a `kind` on a cluster."""
+    """Run the loop of `kind` (trm or hybrid) on a cluster."""
     with cluster(config, workers=config.cluster.min_workers, spare_cpus=1):
-        # In the main thread Ray Train would take Ctrl-C for itself, and abort.
+        # In the main thread, Ray Train would install its own SIGINT handler and abort.
         return _in_thread(lambda: run(trainer(config, kind), config))
 
 
 def _in_thread(work: Callable[[], T]) -> T:
-    """Do it in another thread and wait; what it raises is raised here."""
-    done: list[T] = []
-    wrong: list[BaseException] = []
+    """Run `work` in another thread; return its result or raise its exception."""
+    results: list[T] = []
+    errors: list[BaseException] = []
 
     def target() -> None:
         try:
-            done.append(work())
+            results.append(work())
         except BaseException as error:
-            wrong.append(error)
+            errors.append(error)
 
     thread = threading.Thread(target=target, daemon=True)
     thread.start()
     thread.join()
-    if wrong:
-        raise wrong[0]
-    return done[0]
+    if errors:
+        raise errors[0]
+    return results[0]

@@ -1,7 +1,7 @@
-"""A sweep on the cluster: Ray Tune runs trials side by side, each a training run of its own.
+"""Hyperparameter sweeps with Ray Tune; each trial is a separate training run.
 
-What is known of a trial lies in its run folder, as plain files; Tune's own records are not read
-again. A sweep that is run once more tells Tune what its trials have reached, and goes on.
+The state of a trial is in plain files in its run folder; Tune's own records are never read. To
+resume a sweep, finished trials report their stored validations to Tune again.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,9 @@ from hybrid.evaluate import Validation
 from hybrid.prompt_cache import cache_prompts_locally, plan, summary
 from hybrid.sweep import (
     Axis,
+    Status,
     Trial,
+    TrialRecord,
     best_yaml,
     format_trial,
     parse_space,
@@ -51,44 +53,53 @@ from hybrid.train import Joint, check, initial_checkpoint, joint, total_steps
 from hybrid.train.preflight import training_stream
 
 SWEEP = "sweep.json"
-"""In the run folder: the config that its trials vary."""
+"""File in the run folder that holds the sweep's SweepRecord."""
 TUNE_FOLDER = "tune"
-"""Ray Tune's own bookkeeping, inside the run folder."""
+"""Subfolder of the run folder for Ray Tune's own records."""
 
-Say = Callable[[str], None]
+Echo = Callable[[str], None]
 Values = Mapping[str, Any]
 
 
-def sweep(config: Config, say: Say = print) -> tuple[list[Trial], tuple[Axis, ...]]:
-    """Train the hybrid with many sets of values; rerunning the same config resumes it.
+@dataclass(frozen=True, kw_only=True)
+class SweepRecord:
+    """The content of sweep.json, where `start` is a key next to the config's sections."""
 
-    Every trial is judged on training tasks that are held out (`sweep.hold_out_tasks`). Writes
-    sweep.parquet, report.html and best.yaml into the run folder; a trial that fails is listed.
+    config: dict[str, Any]
+    start: str | None
+    """Checkpoint that all trials start from."""
+
+
+def sweep(config: Config, echo: Echo = print) -> tuple[list[Trial], tuple[Axis, ...]]:
+    """Train the hybrid once per set of sampled values; rerunning the same config resumes the sweep.
+
+    Trials are scored on held-out training tasks (`sweep.hold_out_tasks`). Writes sweep.parquet,
+    report.html and best.yaml to the run folder. Failed trials are listed with their errors.
+    Raises Stopped, without best.yaml, if trials are left to run.
     """
     axes = parse_space(config)
     start = _check_unchanged(config)
-    base = _prepared(config, start, say)
+    base = _prepared(config, start, echo)
     search = RandomSearch(base, axes) if base.sweep.search == "random" else OptunaSearch(base, axes)
-    if search.open:  # else what trials began from may be gone
+    if search.open:  # else the start checkpoint may have been deleted
         check(base, Joint.kind, Joint.sections)
-    _note(config, base.trm.init_from)
+    _write_record(config, SweepRecord(config=to_dict(config), start=base.trm.init_from))
     with cluster(base, workers=_workers(base), spare_cpus=_spare(base)):
-        at_once = _at_once(base)
-        say(f"{storage.uri(config.run_folder)}: {search.said}, {at_once} at a time")
-        begun: set[str] = set()
+        concurrent = _concurrent_trials(base)
+        echo(f"{storage.uri(config.run_folder)}: {search.summary}, {concurrent} at a time")
+        started: set[str] = set()
         if search.open:
             if base.llama.prompt_cache:
-                say(_cache_prompts(base))
-            begun = _run(base, search, at_once, config.run_folder / TUNE_FOLDER, say)
+                echo(_cache_prompts(base))
+            started = _run(base, search, concurrent, config.run_folder / TUNE_FOLDER, echo)
     trials = known_trials(base)
-    left = (search.names | begun) - {trial.name for trial in trials if trial.status != "unfinished"}
+    ended = {trial.name for trial in trials if trial.status != "unfinished"}
+    left = (search.names | started) - ended
     write_results(config.run_folder / "sweep.parquet", trials, axes)
     write_report(config.run_folder / "report.html", config.logging.run, trials, axes)
     if left:
-        raise Stopped(f"{len(left)} trials have not ended; the same command goes on with them")
-    best = config.run_folder / "best.yaml"
-    best.write_text(best_yaml(config, trials))
-    storage.upload(best)
+        raise Stopped(f"{len(left)} trials are unfinished; run the same command to resume them")
+    storage.write(config.run_folder / "best.yaml", best_yaml(config, trials))
     return trials, axes
 
 
@@ -98,10 +109,11 @@ def _cache_prompts(config: Config) -> str:
     return summary(config, missing, fill(config, missing))
 
 
-def _prepared(config: Config, start: str | None, say: Say) -> Config:
-    """The experiment that trials vary: on data of its own, with a start that stays where it is.
+def _prepared(config: Config, start: str | None, echo: Echo) -> Config:
+    """Prepare the sweep's dataset; return the experiment that trials vary.
 
-    `start`: the checkpoint that trials of this sweep have begun from, where there are some.
+    `start`: the start checkpoint of an earlier run of this sweep. It is pinned by URI, because
+    `trm.init_from` may name a run that gains checkpoints.
     """
     run_folder = storage.uri(config.run_folder)
     data = replace(config.data, evaluation=(), hold_out_tasks=config.sweep.hold_out_tasks)
@@ -114,70 +126,76 @@ def _prepared(config: Config, start: str | None, say: Say) -> Config:
         initial = initial_checkpoint(config)
         start = storage.uri(initial.folder) if initial else None
     base = replace(config, data=data, paths=paths, trm=replace(config.trm, init_from=start))
-    prepare(data, base.data_folder, say)
+    prepare(data, base.data_folder, echo)
     return base
 
 
 def _check_unchanged(config: Config) -> str | None:
-    """UserError if the run folder holds another sweep; else what its trials begin from."""
+    """Return the start checkpoint of the sweep in the run folder, or None.
+
+    Raises UserError if the folder holds a different sweep.
+    """
+    record = _read_record(config)
+    if record is None:
+        return None
+    now = json.loads(json.dumps(to_dict(config)))
+    sections = [name for name in now if name not in ("cluster", "paths", "logging")]
+    allowed = ("sweep.num_samples:", "sweep.max_concurrent_trials:")
+    changes = differences(record.config, now, sections)
+    changed = [change for change in changes if not change.startswith(allowed)]
+    if changed:
+        raise UserError(
+            f"{storage.uri(config.run_folder)}: holds another sweep ({'; '.join(changed)}); give"
+            " this one another logging.run"
+        )
+    return record.start
+
+
+def _read_record(config: Config) -> SweepRecord | None:
     path = config.run_folder / SWEEP
     storage.download(path)
     if not path.exists():
         return None
     try:
-        before = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{storage.uri(path)}: cannot be read ({error})") from error
-    now = json.loads(json.dumps(to_dict(config)))
-    sections = [name for name in now if name not in ("cluster", "paths", "logging")]
-    may = ("sweep.num_samples:", "sweep.max_concurrent_trials:")  # more of the same, or faster
-    changed = [c for c in differences(before, now, sections) if not c.startswith(may)]
-    if changed:
-        raise UserError(
-            f"{storage.uri(path.parent)}: holds another sweep ({'; '.join(changed)}); give"
-            " this one another logging.run"
-        )
-    start: str | None = before.get("start")
-    return start
+    return SweepRecord(start=content.pop("start", None), config=content)
 
 
-def _note(config: Config, start: str | None) -> None:
-    """Write down which sweep the run folder holds, and which checkpoint its start is."""
-    path = config.run_folder / SWEEP
-    make_folder(path.parent)
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(json.dumps({**to_dict(config), "start": start}))
-    os.replace(partial, path)
-    storage.upload(path)
+def _write_record(config: Config, record: SweepRecord) -> None:
+    make_folder(config.run_folder)
+    content = {**record.config, "start": record.start}
+    storage.write(config.run_folder / SWEEP, json.dumps(content))
 
 
 def _workers(config: Config) -> int:
-    """Of a trial; without any the loop runs in Tune's own process."""
+    """Return the workers of a trial; with num_workers=0 the loop runs in Tune's process."""
     return max(1, config.cluster.num_workers)
 
 
 def _spare(config: Config) -> int:
-    """CPUs for the rows of all trials, which Ray Data makes for workers."""
+    """Return the CPUs to leave free for Ray Data, which serves the workers of all trials."""
     return int(config.cluster.num_workers > 0)
 
 
-def _at_once(config: Config) -> int:
-    """Trials that the cluster holds side by side."""
-    have = ray.cluster_resources()
-    needs = _workers(config) * config.cluster.cpus_per_worker
-    fit = int((have["CPU"] - _spare(config)) // needs)
+def _concurrent_trials(config: Config) -> int:
+    """Return how many trials run at a time."""
+    resources = ray.cluster_resources()
+    cpus = _workers(config) * config.cluster.cpus_per_worker
+    fit = int((resources["CPU"] - _spare(config)) // cpus)
     if config.cluster.use_gpu:
-        fit = min(fit, int(have["GPU"] // _workers(config)))
+        fit = min(fit, int(resources["GPU"] // _workers(config)))
     return max(1, min(fit, config.sweep.max_concurrent_trials or fit))
 
 
 def _run(
-    config: Config, search: RandomSearch | OptunaSearch, at_once: int, folder: Path, say: Say
+    config: Config, search: RandomSearch | OptunaSearch, concurrent: int, folder: Path, echo: Echo
 ) -> set[str]:
-    """Run the trials, Tune's own records in `folder`; names of those that have begun."""
+    """Run the trials, with Tune's own records in `folder`; return the names of started trials."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its tables; ours are said here
-    # A checkpoint that nobody planned comes without a score.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own status tables
+    # Checkpoints saved on a stop or preemption request are not validated.
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
     for name in ("ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -186,13 +204,13 @@ def _run(
     if config.sweep.scheduler == "asha":
         scheduler = ASHAScheduler(
             time_attr="step",
-            max_t=10**9,  # a trial ends by itself
+            max_t=10**9,  # trials end by training.steps
             grace_period=config.sweep.grace_period or config.training.save_every,
             reduction_factor=config.sweep.reduction_factor,
         )
     storage.remove(folder)
     store, name = storage.filesystem(folder.parent)
-    notes = _TrialRecorder(config, rows, search.count, say)
+    recorder = _TrialRecorder(config, rows, search.count, echo)
     trainable = tune.with_parameters(_train_trial, base=to_dict(config))
     tune.Tuner(
         tune.with_resources(trainable, _resources(config)),
@@ -201,26 +219,28 @@ def _run(
             metric=OBJECTIVE,
             mode="max",
             num_samples=search.num_samples,
-            max_concurrent_trials=at_once,
+            max_concurrent_trials=concurrent,
             search_alg=search.searcher,
             scheduler=scheduler,
         ),
         run_config=tune.RunConfig(
             name=folder.name,
-            # A process that is lost is replaced, and goes on from its checkpoint.
+            # A trial whose process is lost restarts from its checkpoint.
             failure_config=tune.FailureConfig(max_failures=config.cluster.max_failures),
             storage_path=name,
             storage_filesystem=store,
-            callbacks=[notes],
+            callbacks=[recorder],
             verbose=0,
         ),
     ).fit()
-    return notes.begun
+    return recorder.started
 
 
 def _resources(config: Config) -> dict[str, float]:
-    """Of Tune's process of a trial: no CPU where workers do the work, or the processes could hold
-    all of them and no worker start. Something it must be: a megabyte.
+    """Return the resources of a trial's driver process.
+
+    It has no CPU if workers train, else drivers could hold every CPU and block all workers. It has
+    1 MiB of memory because Ray rejects an empty request.
     """
     if config.cluster.num_workers:
         return {"CPU": 0, "memory": 2**20}
@@ -228,14 +248,17 @@ def _resources(config: Config) -> dict[str, float]:
 
 
 def _train_trial(settings: dict[str, Any], base: dict[str, Any]) -> None:
-    """What Tune runs: a training run, from where it stands."""
+    """Run or resume one trial, in Tune's process.
+
+    `settings`: the sampled values. `base`: the experiment as plain values.
+    """
     values = settings.get("values", settings)
     config = _config_of(from_dict(base), values)
-    before = read_trial(config.run_folder)
-    if before:
-        for step, validation in sorted(before.curve.items()):
+    known = read_trial(config.run_folder)
+    if known:
+        for step, validation in sorted(known.curve.items()):
             _report(step, validation)
-        if before.status != "unfinished":
+        if known.status != "unfinished":
             return
     write_reason(config.run_folder, "")
     try:
@@ -246,21 +269,21 @@ def _train_trial(settings: dict[str, Any], base: dict[str, Any]) -> None:
             share_cores(1)
             result = joint(config, _TrialContext(compute_device(config.cluster.use_gpu)))
     except Exception as error:
-        # Whether the trial has failed, or the sweep was ended around it, is for the sweep to say.
+        # Only the sweep's driver knows whether the trial failed or was stopped; it sets the status.
         write_reason(config.run_folder, _reason(error))
         if isinstance(error, RayError):
-            raise  # a process of Ray's was lost: Tune tries again, which would not help with others
+            raise  # a Ray process was lost: Tune restarts the trial
         return
-    # Said once more: what a worker says last, Ray Train may lose with the worker.
+    # Report again, because Ray Train may lose the last report of a worker that exits.
     assert result.validation is not None
     _report(result.step, result.validation)
 
 
 class _TrialContext(LocalContext):
-    """A trial without workers."""
+    """RunContext of a trial without workers."""
 
     def report(self, metrics: Mapping[str, Any], checkpoint: Path) -> None:
-        """To Tune."""
+        """Report the metrics to Tune."""
         tune.report(dict(metrics))
 
 
@@ -269,26 +292,27 @@ def _report(step: int, validation: Validation) -> None:
 
 
 def _config_of(config: Config, values: Values) -> Config:
-    """The experiment of a trial."""
+    """Return the config of a trial."""
     config = trial_config(config, values)
     return replace(config, logging=replace(config.logging, run=trial_name(values)))
 
 
 class _TrialRecorder(tune.Callback):  # type: ignore[misc]
-    """In the sweep's own process: writes down how trials end, and says how they go."""
+    """Write trial records and print progress, in the sweep's driver process."""
 
-    def __init__(self, config: Config, rows: int, count: int, say: Say) -> None:
-        self.config, self.rows, self.count, self.say = config, rows, count, say
-        self.said: dict[str, int] = {}
-        self.before: dict[str, float] = {}
-        """Seconds of trials before this sweep took them up again."""
-        self.begun: set[str] = set()
-        """Names of trials."""
+    def __init__(self, config: Config, rows: int, count: int, echo: Echo) -> None:
+        self.config, self.rows, self.count, self.echo = config, rows, count, echo
+        self.printed_steps: dict[str, int] = {}
+        self.earlier_seconds: dict[str, float] = {}
+        """Training time of resumed trials in earlier runs of the sweep."""
+        self.started: set[str] = set()
+        """Names of the trials that Tune has started."""
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         known = self._known(trial)
-        self.begun.add(self._folder(trial).name)
-        self.before[self._folder(trial).name] = known.seconds if known else 0.0
+        name = self._folder(trial).name
+        self.started.add(name)
+        self.earlier_seconds[name] = known.seconds if known else 0.0
         if known is None:
             self._write(trial, "unfinished")
 
@@ -296,9 +320,9 @@ class _TrialRecorder(tune.Callback):  # type: ignore[misc]
         self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         known = self._known(trial)
-        if known and known.step > self.said.get(known.name, 0):
-            self.said[known.name] = known.step
-            self.say(format_trial(known))
+        if known and known.step > self.printed_steps.get(known.name, 0):
+            self.printed_steps[known.name] = known.step
+            self.echo(format_trial(known))
             if known.status == "unfinished":
                 self._write(trial, "unfinished")
 
@@ -317,16 +341,18 @@ class _TrialRecorder(tune.Callback):  # type: ignore[misc]
         reason = read_reason(self._folder(trial)) or "its process died"
         self._end(trial, "failed", reason)
 
-    def _write(self, trial: Any, status: Any, error: str = "") -> None:
+    def _write(self, trial: Any, status: Status, error: str = "") -> None:
         folder = self._folder(trial)
         seconds = float((trial.last_result or {}).get("time_total_s", 0.0))
-        seconds += self.before.get(folder.name, 0.0)
-        write_trial(folder, self._values(trial), status, seconds, error)
+        seconds += self.earlier_seconds.get(folder.name, 0.0)
+        values = dict(self._values(trial))
+        record = TrialRecord(values=values, status=status, seconds=seconds, error=error)
+        write_trial(folder, record)
 
-    def _end(self, trial: Any, status: Any, error: str = "") -> None:
+    def _end(self, trial: Any, status: Status, error: str = "") -> None:
         self._write(trial, status, error)
         ended = sum(t.status != "unfinished" for t in known_trials(self.config))
-        self.say(
+        self.echo(
             f"{ended}/{self.count} {self._folder(trial).name} {status}"
             f"{': ' if error else ''}{error}"
         )
@@ -343,7 +369,7 @@ class _TrialRecorder(tune.Callback):  # type: ignore[misc]
 
 
 def _reason(error: BaseException) -> str:
-    """What a trial failed of, in one line: the last words of the innermost cause."""
+    """Return the reason of a failure as one line: the last line of the innermost cause."""
     failures = getattr(error, "worker_failures", None) or {}
     for inner in (*failures.values(), error.__cause__):
         if isinstance(inner, BaseException):

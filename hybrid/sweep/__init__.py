@@ -1,10 +1,12 @@
-"""A search over keys of an experiment: its space, its ranking, its report. It sees no Ray."""
+"""Hyperparameter search: space, trial records, ranking, and report. It does not import Ray."""
 
 from hybrid.sweep.report import write_report
 from hybrid.sweep.results import (
+    Status,
     Trial,
+    TrialRecord,
     best_yaml,
-    describe,
+    format_ranking,
     format_trial,
     ranked,
     read_reason,
@@ -17,10 +19,12 @@ from hybrid.sweep.space import Axis, draw, parse_space, trial_config, trial_name
 
 __all__ = [
     "Axis",
+    "Status",
     "Trial",
+    "TrialRecord",
     "best_yaml",
-    "describe",
     "draw",
+    "format_ranking",
     "format_trial",
     "parse_space",
     "ranked",

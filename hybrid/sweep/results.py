@@ -1,11 +1,10 @@
-"""From trials on disk to a ranking: a table, sweep.parquet, and the config of the best."""
+"""Trial records on disk, and the ranking made from them: table, sweep.parquet, best.yaml."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,27 +22,35 @@ from hybrid.sweep.space import Axis, trial_config
 from hybrid.train import parse_metrics, validated
 
 Status = Literal["done", "stopped early", "failed", "unfinished"]
-NOTE = "trial.json"
-"""Of a trial, in its run folder: values, status, seconds, error. Only the sweep writes it."""
+RECORD = "trial.json"
+"""File in a trial's run folder that holds its TrialRecord; written only by the sweep's driver."""
 REASON = "reason.txt"
-"""Beside it, from the trial's own process: why it ended by an error, or was ended."""
+"""File next to it, written by the trial's own process: the error that ended it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
-    """What came of one set of values."""
+class TrialRecord:
+    """The content of trial.json."""
+
+    values: Mapping[str, Any]
+    """Sampled values by dotted config key."""
+    status: Status
+    seconds: float
+    """Training time, over all runs of the trial."""
+    error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial(TrialRecord):
+    """A trial's record with its validation curve."""
 
     name: str
-    values: Mapping[str, Any]
-    status: Status
     curve: Mapping[int, Validation]
     """Validations by step."""
-    seconds: float
-    error: str = ""
 
     @property
     def step(self) -> int:
-        """Of the newest validation; 0 before the first."""
+        """Step of the newest validation; 0 before the first."""
         return max(self.curve, default=0)
 
     @property
@@ -53,48 +60,41 @@ class Trial:
 
 
 def read_trial(run_folder: Path) -> Trial | None:
-    """A trial by what its run has left behind; None where it has not begun."""
+    """Read a trial from its run folder; return None if it has not started."""
     try:
-        data = storage.read(run_folder / NOTE)
+        data = storage.read(run_folder / RECORD)
         if data is None:
             return None
-        note = json.loads(data)
+        record = json.loads(data)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{storage.uri(run_folder / NOTE)}: cannot be read ({error}); delete its folder"
+            f"{storage.uri(run_folder / RECORD)}: cannot be read ({error}); delete its folder"
         ) from error
     curve = validated(parse_metrics(storage.read(run_folder / "metrics.jsonl") or b""))
-    return Trial(name=run_folder.name, curve=curve, **note)
+    return Trial(name=run_folder.name, curve=curve, **record)
 
 
-def write_trial(
-    run_folder: Path, values: Mapping[str, Any], status: Status, seconds: float, error: str = ""
-) -> None:
-    """Write down how a trial stands."""
+def write_trial(run_folder: Path, record: TrialRecord) -> None:
+    """Write a trial's record to its run folder."""
     make_folder(run_folder)
-    note = {"values": dict(values), "status": status, "seconds": seconds, "error": error}
-    partial = run_folder / f".{NOTE}.tmp"
-    partial.write_text(json.dumps(note) + "\n")
-    os.replace(partial, run_folder / NOTE)
-    storage.upload(run_folder / NOTE)
+    storage.write(run_folder / RECORD, json.dumps(asdict(record)) + "\n")
 
 
 def write_reason(run_folder: Path, reason: str) -> None:
-    """Write down, from within a trial, what went wrong; "" forgets what an earlier one said."""
+    """Store the error that ended a trial; "" clears the error of an earlier run."""
     make_folder(run_folder)
-    (run_folder / REASON).write_text(reason)
-    storage.upload(run_folder / REASON)
+    storage.write(run_folder / REASON, reason)
 
 
 def read_reason(run_folder: Path) -> str:
-    """What a trial said went wrong, or ""."""
+    """Return the error that `write_reason` stored, or ""."""
     return (storage.read(run_folder / REASON) or b"").decode()
 
 
 def ranked(trials: Sequence[Trial]) -> list[Trial]:
-    """Best first, by what was right at the end, then by cells; those without a score last.
+    """Sort trials by their last objective, best first.
 
-    A trial that failed is behind all that did not, whatever it had reached.
+    Trials without a score follow those with one. Failed trials come last, with or without a score.
     """
 
     def key(trial: Trial) -> tuple[bool, float, str]:
@@ -105,30 +105,40 @@ def ranked(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def format_trial(trial: Trial) -> str:
-    """Its values and its newest score, in a line."""
-    values = " ".join(f"{key}={_short(value)}" for key, value in trial.values.items())
+    """Format a trial's values and its last score as one line."""
+    values = " ".join(f"{key}={format_value(value)}" for key, value in trial.values.items())
     score = "no score yet"
     if trial.last:
         score = f"step {trial.step}: {trial.last.rate}, cells {trial.last.cells:.1%}"
     return f"{trial.name} {values}: {score}"
 
 
-def describe(trials: Sequence[Trial], axes: Sequence[Axis]) -> str:
-    """The ranking as a table for a terminal of any width, failures with their reasons."""
+def ranking_header(axes: Sequence[Axis]) -> list[str]:
+    """Return the column names of `ranking_row`."""
+    return ["", *(axis.key for axis in axes), "right of held-out", "cells", "step", "seconds"]
+
+
+def ranking_row(rank: int, trial: Trial, axes: Sequence[Axis]) -> list[str]:
+    """Format a trial as a row of the ranking table, without its status."""
+    last = trial.last
+    return [
+        str(rank),
+        *(format_value(trial.values.get(axis.key)) for axis in axes),
+        str(last.rate) if last else "no score",
+        f"{last.cells:.1%}" if last else "",
+        str(trial.step),
+        f"{trial.seconds:.0f}",
+    ]
+
+
+def format_ranking(trials: Sequence[Trial], axes: Sequence[Axis]) -> str:
+    """Format the ranking as a table for the terminal, followed by the errors of failed trials."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("", *(axis.key for axis in axes), "right of held-out", "cells", "step", "s", ""):
+    for name in (*ranking_header(axes), ""):
         table.add_column(name, overflow="fold")
-    for place, trial in enumerate(ranked(trials), start=1):
-        last = trial.last
-        table.add_row(
-            str(place),
-            *(_short(trial.values.get(axis.key)) for axis in axes),
-            str(last.rate) if last else "no score",
-            f"{last.cells:.1%}" if last else "",
-            str(trial.step),
-            f"{trial.seconds:.0f}",
-            "" if trial.status == "done" else trial.status,
-        )
+    for rank, trial in enumerate(ranked(trials), start=1):
+        status = "" if trial.status == "done" else trial.status
+        table.add_row(*ranking_row(rank, trial, axes), status)
     console = Console(width=max(100, Console().width), no_color=True)
     with console.capture() as captured:
         console.print(table)
@@ -137,14 +147,14 @@ def describe(trials: Sequence[Trial], axes: Sequence[Axis]) -> str:
     lines += [f"{trial.name} failed: {trial.error}" for trial in failed]
     scored = [trial for trial in trials if trial.last]
     lines.append(
-        f"on held-out training tasks; the best of {len(scored)} is a lucky pick among them: expect"
-        " less of it on new tasks"
+        f"scores are on held-out training tasks; the best of {len(scored)} was selected by its"
+        " score: expect a lower one on new tasks"
     )
     return "\n".join(lines)
 
 
 def write_results(path: Path, trials: Sequence[Trial], axes: Sequence[Axis]) -> None:
-    """sweep.parquet: one row a trial, best first, one column a key."""
+    """Write sweep.parquet: one row per trial, best first, with one column per swept key."""
     rows = []
     for trial in ranked(trials):
         last = trial.last
@@ -165,15 +175,16 @@ def write_results(path: Path, trials: Sequence[Trial], axes: Sequence[Axis]) -> 
             }
         )
     columns = {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
-    table = pa.table({name: _column(values) for name, values in columns.items()})
-    partial = path.with_name(f".{path.name}.tmp")
-    pq.write_table(table, partial)
-    os.replace(partial, path)
-    storage.upload(path)
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.table({name: _column(cells) for name, cells in columns.items()}), buffer)
+    storage.write(path, buffer.getvalue().to_pybytes())
 
 
 def best_yaml(config: Config, trials: Sequence[Trial]) -> str:
-    """The experiment with the best trial's values, for jobs/joint.py; UserError without one."""
+    """Return the experiment with the best trial's values, as YAML for jobs/joint.py.
+
+    Raises UserError if no trial has a score.
+    """
     scored = [t for t in ranked(trials) if t.last and t.status != "failed"]
     if not scored:
         raise UserError("no trial of the sweep has a score")
@@ -183,22 +194,23 @@ def best_yaml(config: Config, trials: Sequence[Trial]) -> str:
     config = replace(config, logging=replace(config.logging, run=f"{config.logging.run}-best"))
     raw = to_dict(config)
     del raw["sweep"]
-    values = ", ".join(f"{key}={_short(value)}" for key, value in best.values.items())
+    values = ", ".join(f"{key}={format_value(value)}" for key, value in best.values.items())
     values = " ".join(values.splitlines())
-    said = (
+    header = (
         f"# The best of {len(scored)} trials, {best.name}: {values}\n"
         f"# Held-out training tasks right at step {best.step}: {best.last.rate}\n"
     )
-    return said + yaml.safe_dump(raw, sort_keys=False)
+    return header + yaml.safe_dump(raw, sort_keys=False)
 
 
 def _column(values: list[Any]) -> pa.Array:
-    """One type a column; values of several kinds (`choice: [auto, 3]`) become text."""
+    """Convert to one type; values of mixed types (`choice: [auto, 3]`) become text."""
     try:
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
         return pa.array([None if value is None else str(value) for value in values])
 
 
-def _short(value: Any) -> str:
+def format_value(value: Any) -> str:
+    """Format a sampled value; floats with three significant digits."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)

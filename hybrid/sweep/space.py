@@ -1,10 +1,10 @@
-"""What a sweep varies: dotted keys of the experiment, each with a kind of range.
+"""Search space of a sweep: dotted config keys, each with a list of values or a range.
 
-adapter.hidden: {grid: [64, 128]}          every value, with every other grid
+adapter.hidden: {grid: [64, 128]}          every value, combined with every other grid
 feedback.source: {choice: [none, confidence]}
 training.ema_rate: {uniform: [0.9, 0.999]}
 adapter.lr: {loguniform: [1.0e-4, 1.0e-2]}
-training.max_attempts: {int: [1, 4]}       both ends included
+training.max_attempts: {int: [1, 4]}       both ends inclusive
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from hybrid.errors import UserError
 from hybrid.train import check_feedback
 
 LARGEST = 2**53
-"""Beyond it not every whole number is a number."""
+"""Float64 cannot represent every integer above it."""
 LISTS = ("grid", "choice")
 RANGES = ("uniform", "loguniform", "int")
 FIXED = {
     "paths": "all trials share them",
-    "data": "all trials are asked the same",
-    "evaluation": "all trials are asked in the same way",
+    "data": "all trials use the same tasks",
+    "evaluation": "all trials are evaluated in the same way",
     "cluster": "all trials have the same resources",
-    "logging": "trials are named by the sweep",
-    "sweep": "a sweep of sweeps is not to be had",
-    "trm.init_from": "all trials start from the same",
+    "logging": "the sweep names its trials",
+    "sweep": "a sweep cannot contain another sweep",
+    "trm.init_from": "all trials start from the same checkpoint",
 }
-"""What is not for sweeping, and why."""
+"""Sections and keys that cannot be swept over, with the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """One key and its values: a list of them, or the two ends of a range."""
+    """A swept key with its list of values, or with the two ends of its range."""
 
     key: str
     kind: str
@@ -49,96 +49,102 @@ class Axis:
 
 
 def parse_space(config: Config) -> tuple[Axis, ...]:
-    """The axes of `sweep.space`; UserError with every problem, and values no trial could have."""
+    """Return the axes of `sweep.space`.
+
+    Raises UserError that lists every problem, including values that no config accepts.
+    """
     space = config.sweep.space
     if not space:
-        raise UserError("sweep.space: names no key to sweep over")
+        raise UserError("sweep.space: names no key; add at least one key to sweep over")
     problems: list[str] = []
-    axes = [axis for key, given in space.items() if (axis := _axis(key, given, problems))]
+    axes = [axis for key, entry in space.items() if (axis := _axis(key, entry, problems))]
     if config.sweep.search == "optuna":
         grids = [axis.key for axis in axes if axis.kind == "grid"]
-        problems += [f"sweep.space.{key}: optuna searches no grid, use choice" for key in grids]
+        problems += [f"sweep.space.{key}: optuna cannot use grid; use choice" for key in grids]
     for axis in axes:
         for value in _samples(axis):
             try:
-                tried = trial_config(config, {axis.key: value})
-                check_feedback(tried)
-                if axis.key == "llama.model" and tried.llama.model != value:
+                trial = trial_config(config, {axis.key: value})
+                check_feedback(trial)
+                if axis.key == "llama.model" and trial.llama.model != value:
                     problems.append(
-                        f"sweep.space.{axis.key}: {value} is another folder to each trial: write"
-                        f" {tried.llama.model}"
+                        f"sweep.space.{axis.key}: relative path {value} depends on the trial's"
+                        f" working directory; write {trial.llama.model}"
                     )
             except UserError as error:
                 problems.append(f"sweep.space.{axis.key}: {error}")
                 if "unknown" in str(error):
-                    break  # whatever its value
+                    break  # the key is unknown, so every value has the same error
     if problems:
         raise UserError("; ".join(dict.fromkeys(problems)))
     return tuple(axes)
 
 
 def _samples(axis: Axis) -> tuple[Any, ...]:
-    """Values that a trial could have: of a range its ends and one between."""
+    """Return the values to validate; of a continuous range, both ends and one between."""
     if axis.kind not in ("uniform", "loguniform"):
         return axis.values
     low, high = axis.values
     return low, low + 0.618 * (high - low), high
 
 
-def _axis(key: Any, given: Any, problems: list[str]) -> Axis | None:
+def _axis(key: Any, entry: Any, problems: list[str]) -> Axis | None:
+    """Parse one entry of `sweep.space`; append to `problems` and return None if it is invalid."""
     where = f"sweep.space.{key}"
     section, dot, name = str(key).partition(".")
     if not (dot and section and name):
-        problems.append(f"{where}: not a section.key")
+        problems.append(f"{where}: must be of the form section.key")
     elif section in FIXED or key in FIXED:
-        what = section if section in FIXED else key
-        problems.append(f"{where}: {what} cannot be swept over, {FIXED[what]}")
-    elif not isinstance(given, Mapping) or len(given) != 1:
+        fixed = section if section in FIXED else key
+        problems.append(f"{where}: {fixed} cannot be swept over, {FIXED[fixed]}")
+    elif not isinstance(entry, Mapping) or len(entry) != 1:
         problems.append(f"{where}: must be one of {', '.join(LISTS + RANGES)} with its values")
     else:
-        ((kind, values),) = given.items()
-        problem = _wrong(kind, values)
+        ((kind, values),) = entry.items()
+        problem = _problem(kind, values)
         if not problem:
             return Axis(key=str(key), kind=kind, values=tuple(values))
         problems.append(f"{where}: {problem}")
     return None
 
 
-def _wrong(kind: Any, values: Any) -> str | None:
+def _problem(kind: Any, values: Any) -> str | None:
+    """Describe the error of an entry of `sweep.space`; return None if it is valid."""
     if kind not in LISTS + RANGES:
         return f"{kind!r} is not one of {', '.join(LISTS + RANGES)}"
     if not isinstance(values, Sequence) or isinstance(values, str) or not values:
         return f"{kind} must be a list of values, got {values!r}"
     if kind in LISTS:
         repeated = len(set(map(repr, values))) < len(values)
-        return f"{kind} has a value twice: {values}" if repeated else None
-    wanted = (int,) if kind == "int" else (int, float)
-    numbers = all(isinstance(v, wanted) and not isinstance(v, bool) for v in values)
+        return f"{kind} has duplicate values: {values}" if repeated else None
+    types = (int,) if kind == "int" else (int, float)
+    numbers = all(isinstance(v, types) and not isinstance(v, bool) for v in values)
     if not numbers or len(values) != 2 or not values[0] < values[1]:
-        what = "whole numbers" if kind == "int" else "numbers"
-        return f"{kind} must be two {what}, the smaller one first, got {values}"
+        expected = "integers" if kind == "int" else "numbers"
+        return f"{kind} must be two {expected}, the smaller one first, got {values}"
     if kind == "loguniform" and values[0] <= 0:
-        return f"{kind} must be finite and above 0: {values}"
+        return f"{kind} must be finite and above 0, got {values}"
     if not all(abs(value) < LARGEST for value in values):
-        return f"{kind} must be finite, and below 2**53: {values}"
+        return f"{kind} must be finite and below 2**53, got {values}"
     return None
 
 
 def draw(axes: Sequence[Axis], num_samples: int, seed: int) -> list[dict[str, Any]]:
-    """Values of the trials: every combination of the grids, the other keys drawn `samples` times.
+    """Sample the trials: every combination of the grids, `num_samples` times.
 
-    The same trial twice would end in the same weights: it is there once.
+    Keys that are not grids are drawn anew for each. Duplicates are dropped, because training is
+    deterministic. A larger `num_samples` with the same `seed` extends the list.
     """
     rng = np.random.default_rng(seed)
     grids = [axis for axis in axes if axis.kind == "grid"]
-    found: dict[str, dict[str, Any]] = {}
+    trials: dict[str, dict[str, Any]] = {}
     for _ in range(num_samples):
         for combination in itertools.product(*(axis.values for axis in grids)):
-            chosen = dict(zip((axis.key for axis in grids), combination, strict=True))
+            fixed = dict(zip((axis.key for axis in grids), combination, strict=True))
             drawn = {axis.key: _draw(axis, rng) for axis in axes if axis.kind != "grid"}
-            values = {axis.key: (chosen | drawn)[axis.key] for axis in axes}
-            found.setdefault(trial_name(values), values)
-    return list(found.values())
+            values = {axis.key: (fixed | drawn)[axis.key] for axis in axes}
+            trials.setdefault(trial_name(values), values)
+    return list(trials.values())
 
 
 def _draw(axis: Axis, rng: np.random.Generator) -> Any:
@@ -151,19 +157,19 @@ def _draw(axis: Axis, rng: np.random.Generator) -> Any:
         drawn = rng.uniform(low, high)
     else:
         drawn = math.exp(rng.uniform(math.log(low), math.log(high)))
-    return min(max(float(f"{drawn:.4g}"), low), high)  # nobody reads seventeen digits
+    return min(max(float(f"{drawn:.4g}"), low), high)  # four significant digits
 
 
 def trial_name(values: Mapping[str, Any]) -> str:
-    """The name of a trial's run: the same values have the same."""
+    """Return the run name of a trial: a hash of its values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def trial_config(config: Config, values: Mapping[str, Any]) -> Config:
-    """The experiment with the values of a trial; UserError if there is no such experiment."""
+    """Return the experiment with a trial's values; raise UserError if it does not accept them."""
     raw = to_dict(config)
     for key, value in values.items():
         section, _, name = key.partition(".")
         raw.setdefault(section, {})[name] = value
-    said = ", ".join(f"{key}={value!r}" for key, value in values.items())
-    return from_dict(raw, where=said)
+    where = ", ".join(f"{key}={value!r}" for key, value in values.items())
+    return from_dict(raw, where=where)

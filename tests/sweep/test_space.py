@@ -1,4 +1,4 @@
-"""A space is understood or refused whole, and what is drawn from it is always the same."""
+"""Parsing of sweep.space with all its errors, and reproducible sampling from it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def config_of_space(space: dict[str, Any], **sweep: Any) -> Config:
     return hybrid_of(Path("/nowhere"), sweep={"space": space} | sweep)
 
 
-def problems(space: dict[str, Any], **sweep: Any) -> str:
+def error_of(space: dict[str, Any], **sweep: Any) -> str:
     with pytest.raises(UserError) as caught:
         parse_space(config_of_space(space, **sweep))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_a_space_of_every_kind_is_understood() -> None:
+def test_space_with_every_kind_is_parsed() -> None:
     space = {
         "adapter.hidden": {"grid": [8, 16]},
         "feedback.source": {"choice": ["none", "confidence"]},
@@ -38,20 +38,18 @@ def test_a_space_of_every_kind_is_understood() -> None:
     assert {axis.key: {axis.kind: list(axis.values)} for axis in axes} == space
 
 
-def test_a_folder_that_each_trial_would_look_for_elsewhere_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ray gives every trial another working directory."""
+def test_relative_model_path_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray gives every trial its own working directory."""
     monkeypatch.chdir(tmp_path)
-    said = problems({"llama.model": {"choice": ["./mine", "owner/name", "/mine"]}})
-    assert said == (
-        "sweep.space.llama.model: ./mine is another folder to each trial: write"
-        f" {tmp_path / 'mine'}"
+    error = error_of({"llama.model": {"choice": ["./model", "owner/name", "/model"]}})
+    assert error == (
+        "sweep.space.llama.model: relative path ./model depends on the trial's working directory;"
+        f" write {tmp_path / 'model'}"
     )
 
 
-def test_all_problems_are_named_at_once() -> None:
-    said = problems(
+def test_one_error_lists_all_problems() -> None:
+    error = error_of(
         {
             "x": {"grid": [1]},
             "data.seed": {"grid": [1]},
@@ -64,28 +62,28 @@ def test_all_problems_are_named_at_once() -> None:
             "training.act_steps": {"grid": [1, 1]},
         }
     )
-    assert sorted(said.split("; ")) == sorted(
+    assert sorted(error.split("; ")) == sorted(
         [
-            "sweep.space.x: not a section.key",
-            "sweep.space.data.seed: data cannot be swept over, all trials are asked the same",
+            "sweep.space.x: must be of the form section.key",
+            "sweep.space.data.seed: data cannot be swept over, all trials use the same tasks",
             "sweep.space.adapter.hidden: adapter.hidden=0: adapter.hidden must be at least 1,"
             " got 0",
-            "sweep.space.adapter.lr: loguniform must be finite and above 0: [0, 1]",
+            "sweep.space.adapter.lr: loguniform must be finite and above 0, got [0, 1]",
             "sweep.space.training.lr: uniform must be two numbers, the smaller one first,"
             " got [2, 1]",
             "sweep.space.training.clip_norm: 'normal' is not one of grid, choice, uniform,"
             " loguniform, int",
             "sweep.space.training.beta1: must be one of grid, choice, uniform, loguniform, int"
             " with its values",
-            "sweep.space.training.max_attempts: int must be two whole numbers, the smaller one"
+            "sweep.space.training.max_attempts: int must be two integers, the smaller one"
             " first, got [1.5, 2]",
-            "sweep.space.training.act_steps: grid has a value twice: [1, 1]",
+            "sweep.space.training.act_steps: grid has duplicate values: [1, 1]",
         ]
     )
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("space", "expected"),
     [
         ({}, "sweep.space: names no key"),
         ({"adapter.hiden": {"grid": [8]}}, "did you mean adapter.hidden?"),
@@ -106,35 +104,35 @@ def test_all_problems_are_named_at_once() -> None:
         ({"evaluation.variants": {"choice": [1, 2]}}, "cannot be swept over"),
     ],
 )
-def test_what_no_trial_could_have_is_refused(given: dict[str, Any], says: str) -> None:
-    assert says in problems(given)
+def test_invalid_space_is_rejected(space: dict[str, Any], expected: str) -> None:
+    assert expected in error_of(space)
 
 
-def test_fractions_of_a_whole_number_are_refused() -> None:
-    """Both ends of the range are fine, nothing between them is."""
-    assert "training.max_attempts" in problems({"training.max_attempts": {"uniform": [1, 4]}})
+def test_continuous_range_for_an_integer_key_is_rejected() -> None:
+    """Both ends are valid values; the values between them are not."""
+    assert "training.max_attempts" in error_of({"training.max_attempts": {"uniform": [1, 4]}})
 
 
-def test_numbers_beyond_any_float_are_refused() -> None:
-    assert "training.seed" in problems({"training.seed": {"int": [0, 10**400]}})
+def test_integer_beyond_float_range_is_rejected() -> None:
+    assert "training.seed" in error_of({"training.seed": {"int": [0, 10**400]}})
 
 
-def test_whole_numbers_end_where_not_every_one_is_a_number() -> None:
+def test_integer_range_must_end_below_2_to_the_53() -> None:
     axes = parse_space(config_of_space({"training.seed": {"int": [2**53 - 2, 2**53 - 1]}}))
     drawn = {values["training.seed"] for values in draw(axes, 40, 0)}
     assert drawn == {2**53 - 2, 2**53 - 1}
     for large in (2**63, 10**400):
-        assert "below 2**53" in problems({"training.seed": {"int": [0, large]}})
+        assert "below 2**53" in error_of({"training.seed": {"int": [0, large]}})
 
 
 @pytest.mark.parametrize("source", ["vote", "demos"])
-def test_feedback_that_training_rows_cannot_have_is_refused(source: str) -> None:
-    assert source in problems({"feedback.source": {"choice": ["none", source]}})
+def test_feedback_source_unavailable_in_training_is_rejected(source: str) -> None:
+    assert source in error_of({"feedback.source": {"choice": ["none", source]}})
 
 
-def test_optuna_is_not_asked_to_search_a_grid() -> None:
-    said = problems({"adapter.hidden": {"grid": [8, 16]}}, search="optuna")
-    assert said == "sweep.space.adapter.hidden: optuna searches no grid, use choice"
+def test_grid_with_optuna_is_rejected() -> None:
+    error = error_of({"adapter.hidden": {"grid": [8, 16]}}, search="optuna")
+    assert error == "sweep.space.adapter.hidden: optuna cannot use grid; use choice"
 
 
 numbers = st.floats(1e-6, 1e6)
@@ -149,25 +147,25 @@ axes_ = st.lists(
     ),
     min_size=1,
     max_size=4,
-).map(lambda all_: [Axis(key=f"a.{n}", kind=k, values=v) for n, (k, v) in enumerate(all_)])
+).map(lambda drawn: [Axis(key=f"a.{n}", kind=k, values=v) for n, (k, v) in enumerate(drawn)])
 
 
 @settings(deadline=None, max_examples=200)
 @given(axes_, st.integers(1, 12), st.integers(0, 2**32 - 1))
-def test_draws_are_in_range_different_and_the_same_every_time(
+def test_draws_are_in_range_distinct_and_reproducible(
     axes: list[Axis], num_samples: int, seed: int
 ) -> None:
     drawn = draw(axes, num_samples, seed)
     assert drawn == draw(axes, num_samples, seed)
     assert draw(axes, num_samples + 3, seed)[: len(drawn)] == drawn, (
-        "more samples begin with the same"
+        "a larger num_samples changed the first trials"
     )
-    names = [trial_name(one) for one in drawn]
+    names = [trial_name(trial) for trial in drawn]
     assert len(set(names)) == len(names) and drawn
-    for one in drawn:
-        assert list(one) == [axis.key for axis in axes]
+    for trial in drawn:
+        assert list(trial) == [axis.key for axis in axes]
         for axis in axes:
-            value = one[axis.key]
+            value = trial[axis.key]
             if axis.kind in ("grid", "choice"):
                 assert value in axis.values
             else:
@@ -175,25 +173,25 @@ def test_draws_are_in_range_different_and_the_same_every_time(
                 assert axis.kind != "int" or isinstance(value, int)
 
 
-def test_every_combination_of_grids_is_there() -> None:
+def test_draw_contains_every_combination_of_grids() -> None:
     grids = [Axis(key=f"a.{n}", kind="grid", values=(1, 2, 3)) for n in range(2)]
-    found = {tuple(one.values()) for one in draw(grids, 5, 0)}
-    assert len(draw(grids, 5, 0)) == 9 and found == {(a, b) for a in (1, 2, 3) for b in (1, 2, 3)}
-    drawn = [*grids, Axis(key="b.x", kind="uniform", values=(0.0, 1.0))]
-    assert len(draw(drawn, 5, 0)) == 45
+    drawn = {tuple(trial.values()) for trial in draw(grids, 5, 0)}
+    assert len(draw(grids, 5, 0)) == 9 and drawn == {(a, b) for a in (1, 2, 3) for b in (1, 2, 3)}
+    axes = [*grids, Axis(key="b.x", kind="uniform", values=(0.0, 1.0))]
+    assert len(draw(axes, 5, 0)) == 45
 
 
-def test_both_ends_of_whole_numbers_are_drawn() -> None:
+def test_int_range_includes_both_ends() -> None:
     axis = Axis(key="a.b", kind="int", values=(1, 3))
-    assert {one["a.b"] for one in draw([axis], 60, 0)} == {1, 2, 3}
+    assert {trial["a.b"] for trial in draw([axis], 60, 0)} == {1, 2, 3}
 
 
-def test_seeds_differ() -> None:
+def test_different_seeds_give_different_draws() -> None:
     axis = Axis(key="a.b", kind="uniform", values=(0.0, 1.0))
-    assert len({tuple(one["a.b"] for one in draw([axis], 3, seed)) for seed in range(20)}) == 20
+    assert len({tuple(trial["a.b"] for trial in draw([axis], 3, seed)) for seed in range(20)}) == 20
 
 
-def test_a_trial_is_the_experiment_with_its_values(tmp_path: Path) -> None:
+def test_trial_config_is_the_experiment_with_the_trial_values(tmp_path: Path) -> None:
     config = hybrid_of(tmp_path)
     trial = trial_config(config, {"adapter.hidden": 64, "training.lr": 0.5})
     assert (trial.adapter.hidden, trial.training.lr) == (64, 0.5)

@@ -1,4 +1,4 @@
-"""A sweep from its command to its ranking, on Ray Tune in processes of its own."""
+"""End-to-end sweeps: the command runs in a subprocess and starts Ray Tune."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ sweep:
   space:
     training.seed: {int: [0, 99]}
     training.lr: {loguniform: [5.0e-5, 5.0e-4]}
-  samples: 3
+  num_samples: 3
   hold_out_tasks: 5
   scheduler: none
 """
@@ -52,16 +52,16 @@ Sweep = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @contextlib.contextmanager
-def begun(root: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
-    """A sweep in a session of its own, of which nothing is left behind afterwards."""
+def started_sweep(root: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
+    """Start a sweep in a new session; kill all its processes at the end."""
     path = experiment(root)
-    mark = {"ARC_HYBRID_TEST_SWEEP": str(root)}
+    marker = {"ARC_HYBRID_TEST_SWEEP": str(root)}
     process = subprocess.Popen(
         [sys.executable, str(SWEEP), "--config", str(path), *overrides],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | ENV | mark,
+        env=os.environ | ENV | marker,
         start_new_session=True,
     )
     try:
@@ -72,7 +72,7 @@ def begun(root: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def experiment(root: Path) -> Path:
-    """Its file."""
+    """Write the experiment's YAML file if it does not exist; return its path."""
     path = root / "sweep.yaml"
     if not path.exists():
         root.mkdir(parents=True, exist_ok=True)
@@ -81,19 +81,19 @@ def experiment(root: Path) -> Path:
 
 
 def kill_all(root: Path) -> None:
-    """Every process whose environment says that a sweep of this test has started it."""
+    """Kill every process whose environment has the marker of this test's sweep."""
     for _ in range(50):
-        mine = [p for p in psutil.process_iter() if _is_of(p, root)]
-        if not mine:
+        processes = [p for p in psutil.process_iter() if _belongs_to(p, root)]
+        if not processes:
             return
-        for process in mine:
+        for process in processes:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         time.sleep(0.1)
-    pytest.fail(f"still there: {mine}")
+    pytest.fail(f"processes are still alive: {processes}")
 
 
-def _is_of(process: psutil.Process, root: Path) -> bool:
+def _belongs_to(process: psutil.Process, root: Path) -> bool:
     try:
         return (
             process.pid != os.getpid()
@@ -105,12 +105,12 @@ def _is_of(process: psutil.Process, root: Path) -> bool:
 
 
 def sweep(root: Path, *overrides: str, timeout: float = 500) -> subprocess.CompletedProcess[str]:
-    with begun(root, *overrides) as process:
-        said, complained = process.communicate(timeout=timeout)
-        return subprocess.CompletedProcess([], process.returncode, said, complained)
+    with started_sweep(root, *overrides) as process:
+        out, err = process.communicate(timeout=timeout)
+        return subprocess.CompletedProcess([], process.returncode, out, err)
 
 
-def refused(root: Path, *overrides: str) -> str:
+def error_of(root: Path, *overrides: str) -> str:
     done = sweep(root, *overrides)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
@@ -129,20 +129,20 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("sweep")
     done = sweep(root)
     assert done.returncode == 0, done.stderr
-    (root / "said").write_text(done.stdout)
+    (root / "stdout").write_text(done.stdout)
     return root
 
 
-def test_a_sweep_ranks_its_trials_and_writes_everything(finished: Path) -> None:
-    said, folder = (finished / "said").read_text(), finished / "runs" / "sweep"
+def test_sweep_ranks_its_trials_and_writes_all_outputs(finished: Path) -> None:
+    stdout, folder = (finished / "stdout").read_text(), finished / "runs" / "sweep"
     rows = ranking(finished)
     assert len(rows) == 3 and {row["status"] for row in rows} == {"done"}
     assert [row["step"] for row in rows] == [12] * 3 and all(row["evaluated"] >= 5 for row in rows)
     objectives = [row["objective"] for row in rows]
     assert objectives == sorted(objectives, reverse=True)
-    assert len(set(objectives)) > 1, "trials that end alike would rank alike whatever the code does"
+    assert len(set(objectives)) > 1, "with equal objectives this test cannot detect a wrong order"
     for name in ("sweep.parquet", "report.html", "best.yaml"):
-        assert (folder / name).stat().st_size and str(folder / name) in said
+        assert (folder / name).stat().st_size and str(folder / name) in stdout
     best = configs.load(folder / "best.yaml")
     assert best.training.seed == rows[0]["training.seed"]
     assert best.training.lr == rows[0]["training.lr"]
@@ -150,7 +150,7 @@ def test_a_sweep_ranks_its_trials_and_writes_everything(finished: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_finished_sweep_run_again_runs_nothing(finished: Path) -> None:
+def test_rerun_of_a_finished_sweep_trains_nothing(finished: Path) -> None:
     before = ranking(finished)
     folders = sorted((finished / "runs" / "sweep" / "trials").iterdir())
     times = [(folder / "trial.json").stat().st_mtime_ns for folder in folders]
@@ -163,22 +163,22 @@ def test_a_finished_sweep_run_again_runs_nothing(finished: Path) -> None:
 
 
 @pytest.mark.slow
-def test_another_space_in_the_same_folder_is_refused(finished: Path) -> None:
-    said = refused(finished, "sweep.space={adapter.hidden: {choice: [8, 16]}}")
-    assert "holds another sweep (sweep.space:" in said and "another logging.run" in said
-    said = refused(finished, "training.puzzle_lr=0.02")
-    assert "training.puzzle_lr: 0.1 -> 0.02" in said
+def test_different_sweep_in_the_same_run_folder_is_rejected(finished: Path) -> None:
+    error = error_of(finished, "sweep.space={adapter.hidden: {choice: [8, 16]}}")
+    assert "holds another sweep (sweep.space:" in error and "another logging.run" in error
+    error = error_of(finished, "training.puzzle_lr=0.02")
+    assert "training.puzzle_lr: 0.1 -> 0.02" in error
 
 
-def test_a_sweep_that_was_refused_can_be_corrected(tmp_path: Path) -> None:
-    """Nothing has run: what was wrong must not be held against what is right."""
-    assert "hold_out_tasks=99" in refused(tmp_path, "sweep.hold_out_tasks=99")
-    again = refused(tmp_path, "feedback.source=vote")
-    assert "feedback.source=vote" in again and "another sweep" not in again
+def test_config_of_a_rejected_sweep_can_be_corrected(tmp_path: Path) -> None:
+    """No trial has run, so the corrected config may differ from the rejected one."""
+    assert "hold_out_tasks=99" in error_of(tmp_path, "sweep.hold_out_tasks=99")
+    second = error_of(tmp_path, "feedback.source=vote")
+    assert "feedback.source=vote" in second and "another sweep" not in second
 
 
 @pytest.mark.slow
-def test_a_sweep_may_grow(finished: Path) -> None:
+def test_finished_sweep_accepts_a_larger_num_samples(finished: Path) -> None:
     before = {row["trial"]: row for row in ranking(finished)}
     done = sweep(finished, "sweep.num_samples=4")
     assert done.returncode == 0, done.stderr
@@ -187,28 +187,28 @@ def test_a_sweep_may_grow(finished: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_trial_that_can_never_fit_is_refused_beforehand(tmp_path: Path) -> None:
-    said = refused(tmp_path, "cluster.num_workers=2", "cluster.cpus_per_worker=64")
-    assert "need 128 CPUs" in said
+def test_trial_too_large_for_the_cluster_is_rejected_before_training(tmp_path: Path) -> None:
+    error = error_of(tmp_path, "cluster.num_workers=2", "cluster.cpus_per_worker=64")
+    assert "need 128 CPUs" in error
     assert not (tmp_path / "runs" / "sweep" / "trials").exists()
 
 
 @pytest.mark.slow
-def test_optuna_ends_after_its_samples_and_does_not_begin_again(tmp_path: Path) -> None:
-    """In a space of two trials: what it proposes twice is there once."""
+def test_optuna_stops_at_its_samples_and_a_rerun_trains_nothing(tmp_path: Path) -> None:
+    """The space has only two trials, so duplicate suggestions must be dropped."""
     keys = ("sweep.search=optuna", "sweep.space={adapter.hidden: {choice: [8, 16]}}")
     done = sweep(tmp_path, *keys, "sweep.num_samples=4")
     assert done.returncode == 0, done.stderr
     rows = ranking(tmp_path)
     assert 1 <= len(rows) <= 2 and {row["status"] for row in rows} == {"done"}
-    again = sweep(tmp_path, *keys, "sweep.num_samples=4")
-    assert again.returncode == 0 and ranking(tmp_path) == rows
-    assert "step 12:" not in again.stdout.split("right of held-out")[0], "nothing was run"
+    rerun = sweep(tmp_path, *keys, "sweep.num_samples=4")
+    assert rerun.returncode == 0 and ranking(tmp_path) == rows
+    assert "step 12:" not in rerun.stdout.split("right of held-out")[0], "a trial was trained"
 
 
 @pytest.mark.slow
-def test_a_trial_that_fails_is_listed_and_the_others_end(tmp_path: Path) -> None:
-    """llama.model names nothing: that is seen when a trial begins."""
+def test_failed_trial_is_listed_and_the_others_finish(tmp_path: Path) -> None:
+    """The missing llama.model is detected only when its trial starts."""
     space = "sweep.space={llama.model: {choice: [tiny-random, /nowhere/at/all]}}"
     done = sweep(tmp_path, space, "sweep.num_samples=8")
     assert done.returncode == 0, done.stderr
@@ -221,27 +221,27 @@ def test_a_trial_that_fails_is_listed_and_the_others_end(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_ended_by_hand_and_then_with_its_trials_killed_it_ends_as_undisturbed(
+def test_sweep_after_ctrl_c_and_killed_trials_matches_uninterrupted_sweep(
     finished: Path, tmp_path: Path
 ) -> None:
-    """Ctrl-C is no end: the ranking is half of one, and the exit code says so."""
+    """After Ctrl-C the ranking is incomplete and the exit code is 1."""
     trials = tmp_path / "runs" / "sweep" / "trials"
 
     def wait_for(process: subprocess.Popen[str], step: int) -> None:
-        until = time.monotonic() + 240
+        deadline = time.monotonic() + 240
         while not any(_reached(file, step) for file in trials.glob("*/metrics.jsonl")):
             assert process.poll() is None, process.communicate()
-            assert time.monotonic() < until
+            assert time.monotonic() < deadline
             time.sleep(0.02)
 
-    with begun(tmp_path, "sweep.max_concurrent_trials=1") as process:
+    with started_sweep(tmp_path, "sweep.max_concurrent_trials=1") as process:
         wait_for(process, 4)
         process.send_signal(signal.SIGINT)
-        _, complained = process.communicate(timeout=200)
-    assert process.returncode == 1 and "stopped:" in complained, complained
-    assert "same command goes on" in complained
+        _, err = process.communicate(timeout=200)
+    assert process.returncode == 1 and "stopped:" in err, err
+    assert "run the same command to resume" in err
     killed: set[Path] = set()
-    with begun(tmp_path, "sweep.max_concurrent_trials=1") as process:
+    with started_sweep(tmp_path, "sweep.max_concurrent_trials=1") as process:
         while process.poll() is None:
             for metrics in trials.glob("*/metrics.jsonl"):
                 if metrics not in killed and _reached(metrics, 4) and not _reached(metrics, 12):
@@ -249,86 +249,89 @@ def test_ended_by_hand_and_then_with_its_trials_killed_it_ends_as_undisturbed(
                         trial.kill()
                         killed.add(metrics)
             time.sleep(0.02)
-        said, complained = process.communicate(timeout=300)
-    assert process.returncode == 0, complained
-    assert killed and "its process died" not in said
-    wanted = ranking(finished)  # perhaps it has grown
-    assert len(ranking(tmp_path)) == 3 and all(row in wanted for row in ranking(tmp_path))
+        out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert killed and "its process died" not in out
+    expected = ranking(finished)  # another test may have added trials
+    assert len(ranking(tmp_path)) == 3 and all(row in expected for row in ranking(tmp_path))
 
 
 def _trial_processes(root: Path) -> list[psutil.Process]:
-    """Those that Tune trains trials in."""
-    found = []
+    """Return the processes in which Tune trains trials."""
+    processes = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if _is_of(process, root) and process.name().startswith("ray::ImplicitFunc"):
-                found.append(process)
-    return found
+            if _belongs_to(process, root) and process.name().startswith("ray::ImplicitFunc"):
+                processes.append(process)
+    return processes
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_with_all_its_processes_it_ends_as_undisturbed(
+def test_sweep_resumed_after_sigkill_matches_uninterrupted_sweep(
     tmp_path: Path,
 ) -> None:
     keys = ("cluster.num_workers=1", "sweep.num_samples=2")
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    done = sweep(undisturbed, *keys)
+    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
+    done = sweep(uninterrupted, *keys)
     assert done.returncode == 0, done.stderr
-    with begun(killed, *keys) as process:
+    with started_sweep(killed, *keys) as process:
         trials = killed / "runs" / "sweep" / "trials"
-        until = time.monotonic() + 240
+        deadline = time.monotonic() + 240
         while not any(_reached(file, 4) for file in trials.glob("*/metrics.jsonl")):
             assert process.poll() is None, process.communicate()
-            assert time.monotonic() < until
+            assert time.monotonic() < deadline
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGKILL)
         kill_all(killed)
     assert not (killed / "runs" / "sweep" / "sweep.parquet").exists()
-    notes = [json.loads(file.read_text()) for file in trials.glob("*/trial.json")]
-    assert any(note["status"] == "unfinished" for note in notes)
+    records = [json.loads(file.read_text()) for file in trials.glob("*/trial.json")]
+    assert any(record["status"] == "unfinished" for record in records)
     done = sweep(killed, *keys)
     assert done.returncode == 0, done.stderr
-    assert ranking(killed) == ranking(undisturbed)
+    assert ranking(killed) == ranking(uninterrupted)
 
 
 @pytest.mark.slow
-def test_a_sweep_in_a_store_starts_from_a_run_there_and_goes_on_on_another_machine(
+def test_sweep_in_an_object_store_resumes_on_another_machine_from_the_same_start(
     tmp_path: Path, bucket: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed with all its processes; what goes on has an empty cache, and ends as undisturbed."""
+    """The first machine is killed; the second has an empty cache and gets the same ranking."""
     for name, value in STORE_KEYS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("ARC_HYBRID_CACHE", str(tmp_path / "one"))
-    here, there, store = tmp_path / "here", tmp_path / "there", bucket()
-    places = {here: f"paths.root={here}", there: f"paths.root={store}"}
-    for root, place in places.items():
-        begin = (place, "logging.run=start", "training.steps=2", "data.hold_out_tasks=5")
+    local, remote, store = tmp_path / "local", tmp_path / "remote", bucket()
+    roots = {local: f"paths.root={local}", remote: f"paths.root={store}"}
+    for folder, root in roots.items():
+        start = (root, "logging.run=start", "training.steps=2", "data.hold_out_tasks=5")
         for job in ("prepare", "pretrain"):
-            command = [sys.executable, ROOT / "jobs" / f"{job}.py", "--config", experiment(root)]
-            subprocess.run([*command, *begin], check=True, timeout=100)
-    # One after the other: which trials ASHA ends early depends on who came before.
+            command = [sys.executable, ROOT / "jobs" / f"{job}.py", "--config", experiment(folder)]
+            subprocess.run([*command, *start], check=True, timeout=100)
+    # One trial at a time, because ASHA's early stopping depends on the order of reports.
     keys = ("trm.init_from=start", "sweep.scheduler=asha", "sweep.max_concurrent_trials=1")
-    done = sweep(here, places[here], *keys)
+    done = sweep(local, roots[local], *keys)
     assert done.returncode == 0, done.stderr
-    with begun(there, places[there], *keys) as process:
-        until = time.monotonic() + 240
+    with started_sweep(remote, roots[remote], *keys) as process:
+        deadline = time.monotonic() + 240
         while not any(_reached(file, 8) for file in (tmp_path / "one").rglob("*/metrics.jsonl")):
             assert process.poll() is None, process.communicate()
-            assert time.monotonic() < until
+            assert time.monotonic() < deadline
             time.sleep(0.05)
-        kill_all(there)
+        kill_all(remote)
     monkeypatch.setenv("ARC_HYBRID_CACHE", str(tmp_path / "two"))
-    # What the first trial began from is what the others begin from, though the start goes on.
-    subprocess.run([*command, *begin, "training.steps=3"], check=True, timeout=100)
-    done = sweep(there, places[there], *keys)
+    # All trials use the start checkpoint of the first, although that run has a newer one.
+    subprocess.run([*command, *start, "training.steps=3"], check=True, timeout=100)
+    done = sweep(remote, roots[remote], *keys)
     assert done.returncode == 0, done.stderr
-    assert ranking(storage.folder(store)) == ranking(here)
-    assert {row["status"]: row["step"] for row in ranking(here)} == {"done": 12, "stopped early": 4}
+    assert ranking(storage.folder(store)) == ranking(local)
+    assert {row["status"]: row["step"] for row in ranking(local)} == {
+        "done": 12,
+        "stopped early": 4,
+    }
     best = storage.folder(store) / "runs" / "sweep" / "best.yaml"
     storage.download(best)
     assert configs.load(best).trm.init_from == "start"
     logs = [log.read_text() for log in (tmp_path / "two").rglob("train_0.log")]
-    assert any(re.search(r" step [48] of 12,", log) for log in logs), "nothing was resumed"
+    assert any(re.search(r" step [48] of 12,", log) for log in logs), "no trial was resumed"
 
 
 def _reached(metrics: Path, step: int) -> bool:
