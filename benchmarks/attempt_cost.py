@@ -1,11 +1,10 @@
-"""What an attempt costs against encoding its problem again, SmolLM2 on this machine's CPU.
+"""Time of an attempt relative to prefilling its problem again, with SmolLM2 on this CPU.
 
     python -m benchmarks.attempt_cost [MODELS]
 
-An attempt is what the hybrid does by default: the latent, the feedback on the attempt before, the
-end of the turn, the cue. All are measured in turns, with our attention and with transformers' own
-(sdpa), which copies keys and values for every query head. Writes
-benchmarks/results/attempt_cost.json.
+An attempt reads the hybrid's default suffix: latent, feedback on the previous attempt, end of the
+chat turn, cue. All sides run alternately, with our attention and with transformers' (sdpa), which
+copies keys and values for every query head. Writes benchmarks/results/attempt_cost.json.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from hybrid.adapters import AdapterConfig
 from hybrid.llm import LlamaConfig, open_reader
 from hybrid.llm.attention import NAME
 from hybrid.solver import AttemptResult, Confidence, FeedbackConfig
-from hybrid.solver.feedback import MOST_CELLS
+from hybrid.solver.feedback import MAX_CELLS
 
 PROBLEM_TOKENS = 2000
 ROUNDS = 5
@@ -37,33 +36,33 @@ def main() -> None:
     problem = torch.randint(100, 40_000, (PROBLEM_TOKENS,)).tolist()
     k, hidden = AdapterConfig().prefix_tokens, reader.backbone.hidden_size
     latent = torch.randn(1, k, hidden) * reader.backbone.embedding_scale
-    said = [[feedback_line()]]
+    histories = [[feedback_line()]]
     backbone = reader.backbone
     with torch.no_grad():
-        encoding = backbone.prefill([problem])
-        tokens = reader.read(encoding, latent, said, recompute=False)[2][0]
+        cache = backbone.prefill([problem])
+        tokens = reader.read(cache, latent, histories, recompute=False)[2][0]
 
-        def again(attention: str) -> None:
+        def prefill_again(attention: str) -> None:
             backbone.model.set_attn_implementation(attention)
             backbone.prefill([problem])
 
         def attempt(attention: str) -> None:
             backbone.model.set_attn_implementation(attention)
-            reader.read(encoding, latent, said, recompute=False)
+            reader.read(cache, latent, histories, recompute=False)
 
         sides = {
             f"{what}, {attention}": partial(work, attention)
-            for what, work in (("problem again", again), ("attempt", attempt))
+            for what, work in (("problem again", prefill_again), ("attempt", attempt))
             for attention in (NAME, "sdpa")
         }
         seconds = in_turns(sides, rounds=ROUNDS)
-    whole = next(iter(seconds.values()))
+    baseline = next(iter(seconds.values()))
     rows = [
         {
             "what, attention": side,
             "tokens": tokens if side.startswith("attempt") else PROBLEM_TOKENS,
             "s": round(statistics.median(took), 3),
-            "of the problem's time": faster(took, whole),
+            "of the problem's time": faster(took, baseline),
         }
         for side, took in seconds.items()
     ]
@@ -72,13 +71,13 @@ def main() -> None:
 
 
 def feedback_line() -> str:
-    """The default feedback on an attempt."""
-    least_confident = tuple((row, 10 + row, 5) for row in range(MOST_CELLS))
+    """Return the default feedback on an attempt."""
+    least_confident = tuple((row, 10 + row, 5) for row in range(MAX_CELLS))
     grid = torch.zeros(30, 30, dtype=torch.uint8).numpy()
-    seen = AttemptResult(
+    result = AttemptResult(
         row=0, tokens=grid.ravel(), grid=grid, confidence=0.43, least_confident=least_confident
     )
-    return Confidence(FeedbackConfig())(12, [seen])[0].text
+    return Confidence(FeedbackConfig())(12, [result])[0].text
 
 
 if __name__ == "__main__":

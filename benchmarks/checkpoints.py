@@ -1,12 +1,11 @@
-"""Saving and loading a checkpoint against torch.save and torch.load of the same tensors.
+"""Time to save and load a checkpoint, relative to torch.save and torch.load of the same tensors.
 
     python -m benchmarks.checkpoints
 
-The published model, 40 thousand puzzle rows, sixteen slots. Ours are files that a killed process
-cannot leave half written, each with its hash, which loading looks at; torch's is one pickle without
-either. All wait until the disk has it; all are read back from memory, because they have just been
-written. Beside them the same bytes as one file, written and read whole. Writes
-benchmarks/results/checkpoints.json.
+The published model, 40 thousand puzzle embeddings, 16 slots. Our checkpoints are written atomically
+and their hashes are verified on loading; torch's is a pickle without either. `bytes alone` writes
+and reads the same bytes as one file. All sides flush to disk; all read from the page cache, because
+the files were just written. Writes benchmarks/results/checkpoints.json.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def main() -> None:
 
 
 def compare(root: Path, *keys: str) -> list[dict[str, Any]]:
-    """One line a way of saving and of loading; `keys` change the config."""
+    """Return one line per way to save and to load; `keys` override the config."""
     folders = [f"paths.root={root / 'root'}", f"paths.data={root / 'data'}"]
     config = load(CONFIG, ["data.training=[]", "data.variants=100", *folders, *keys])
     prepare(config.data, config.data_folder, say=lambda line: None)
@@ -54,7 +53,7 @@ def _compare(
     config: Config, dataset: Dataset, state: TrainState, root: Path
 ) -> list[dict[str, Any]]:
     config = replace(config, training=replace(config.training, batch_size=16))
-    context, ours, theirs = LocalContext(CPU), root / "ours", root / "theirs.pt"
+    context, ours, torch_file = LocalContext(CPU), root / "ours", root / "torch.pt"
     raw = root / "raw"
 
     def save() -> None:
@@ -67,12 +66,12 @@ def _compare(
         restore(state, found)
 
     def save_torch() -> None:
-        torch.save(tensors, theirs)
-        with theirs.open("rb+") as file:
+        torch.save(tensors, torch_file)
+        with torch_file.open("rb+") as file:
             os.fsync(file.fileno())
 
     def read_torch() -> None:
-        for name, value in torch.load(theirs).items():
+        for name, value in torch.load(torch_file).items():
             tensors[name].copy_(value)
 
     save()
@@ -109,19 +108,19 @@ def _compare(
 
 
 def _tensors(state: TrainState) -> dict[str, torch.Tensor]:
-    """All that a checkpoint holds."""
+    """Return all tensors of a checkpoint by name."""
     parts = {
         "model": state.model.state_dict(),
         "ema": state.ema.values,
         "m": state.optimizer.m,
         "v": state.optimizer.v,
-        "carry": state.carry.tensors(),
+        "carry": state.carry.to_tensors(),
     }
     return {f"{part}.{name}": value for part, of in parts.items() for name, value in of.items()}
 
 
 def _write(path: Path, content: bytes) -> None:
-    """With what ours waits for as well: that it is on the disk."""
+    """Write and flush to disk, as our checkpoints do."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()

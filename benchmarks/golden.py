@@ -87,7 +87,7 @@ def batch_in(tensors: Mapping[str, Tensor], prefix: str = "batch.") -> dict[str,
 
 @torch.inference_mode()
 def worst_differences(
-    name: str, device: torch.device, *, fused: bool = False, **changes: Any
+    name: str, device: torch.device, *, compiled: bool = False, **changes: Any
 ) -> dict[str, float]:
     """Largest absolute difference of every recorded output, first and last ACT step.
 
@@ -95,10 +95,10 @@ def worst_differences(
     Raises AssertionError if rows halt at another step than recorded.
     """
     model, theirs = published(name, device, **changes), recorded(name, device)
-    if fused:
+    if compiled:
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        model.fuse()
+        model.compile_recursion()
     batch = batch_in(theirs)
     worst: dict[str, float] = {}
 
@@ -121,7 +121,7 @@ def worst_differences(
     carry, out = model.act_step(carry, carry.current)
     for field in ("logits", "q_halt", "q_continue"):
         compare(f"last {field}", getattr(out, field), theirs[f"step.{field}"][1][ROWS])
-    assert bool(torch._dynamo.utils.counters["stats"]["unique_graphs"]) >= fused, "not compiled"
+    assert bool(torch._dynamo.utils.counters["stats"]["unique_graphs"]) >= compiled, "not compiled"
     compare("last z_H", carry.z_H, theirs["after.z_H"])
     compare("last z_L", carry.z_L, theirs["after.z_L"])
     assert torch.equal(carry.steps, theirs["step.steps"][1][ROWS])
@@ -149,7 +149,7 @@ class Trajectory:
         return torch.cat([(ours - theirs).abs().flatten() for ours, theirs in pairs])
 
 
-def trajectory(device: torch.device, *, fused: bool = False, **changes: Any) -> Trajectory:
+def trajectory(device: torch.device, *, compiled: bool = False, **changes: Any) -> Trajectory:
     """Train golden C's model for six steps, in the published order: table, weights, average.
 
     `changes` override its config.
@@ -158,10 +158,10 @@ def trajectory(device: torch.device, *, fused: bool = False, **changes: Any) -> 
     hyper, theirs = about["hyper"], recorded(TRAJECTORY, device)
     start = unpack(np.load(FOLDER / f"{TRAJECTORY}.npz"))
     model = upstream.load(start, **(about["config"] | changes)).to(device).train()
-    if fused:
+    if compiled:
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        model.fuse()
+        model.compile_recursion()
     weights = dict(model.named_parameters())
     columns = {"model." + upstream.published_name(name): p for name, p in weights.items()}
     assert columns.keys() == set(about["grad_norm_columns"])
@@ -199,8 +199,8 @@ def trajectory(device: torch.device, *, fused: bool = False, **changes: Any) -> 
         ema.update()
         model.zero_grad()
         steps.append(step | {"puzzle_emb_weights": model.puzzle_table.clone()})
-    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert compiled >= 2 * fused, "not compiled with and without gradient"
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs >= 2 * compiled, "not compiled with and without gradient"
     stacked = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
     return Trajectory(steps=stacked, model=model, ema=ema, recorded=theirs)
 

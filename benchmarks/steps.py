@@ -1,16 +1,16 @@
-"""A training step and an evaluation of the TRM: plain, ours, compiled or not, and in bfloat16.
+"""Time of a training step and of an evaluation of the TRM: plain and ours, eager and compiled.
 
     python -m benchmarks.steps [--device cuda] [--sizes golden,demo,medium,full]
                                [--sides "plain,eager,compiled,compiled bfloat16"]
                                [--rounds N] [--batch N] [--out FOLDER]
 
-Needs no Ray, data, git or network. All sides take random rows of the same sizes in turns; the table
-has the median time of each, samples a second (a sample is one row through one ACT step), the ratio
-to the plain trainer, eager and compiled, and the share of the floor in the time. The floor is the
-matrix products at the rate this machine reaches on the model's largest one in that dtype, and in
-training the optimiser's bytes at the rate it copies so many. A side that runs out of memory is
-listed as such. `plain compiled` compiles the model and its loss as one graph, as the published
-trainer does on a GPU. Writes steps-<device>.json to FOLDER, benchmarks/results if not given.
+Needs no Ray, data, git or network. All sides alternate on random rows of the same sizes. The table
+has the median time, samples per second (a sample is one row in one ACT step), the ratio to the
+plain trainer, eager and compiled, and the ratio of floor to time. The floor is the time of the
+matrix products at the rate this machine reaches for the model's largest one in that dtype; in
+training it includes copying the optimizer's bytes. A side that runs out of memory is listed as
+such. `plain compiled` compiles the model and its loss as one graph, as the published trainer does
+on a GPU. Writes steps-<device>.json to FOLDER (default benchmarks/results).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from benchmarks.measure import (
 from benchmarks.plain import PlainTrainer, PlainTRM
 from hybrid.config import EvaluationConfig, TrainingConfig, load
 from hybrid.context import LocalContext
-from hybrid.evaluate.trm_predictor import predict
+from hybrid.evaluate.trm_predictor import predict_tokens
 from hybrid.train.pretrain import train_step
 from hybrid.train.state import TrainState
 from hybrid.trm import TRM, AdamAtan2, ExponentialMovingAverage, TRMConfig
@@ -54,7 +54,7 @@ OUT_OF_MEMORY = "out of memory"
 class Size:
     model: TRMConfig
     batch: Mapping[str, int]
-    """Rows of a step on each kind of device."""
+    """Rows per step by device type."""
     rounds: int
     calls: int = 1
 
@@ -64,7 +64,7 @@ SMALL = replace(FULL, seq_len=100, halt_max_steps=4)
 GOLDEN = replace(
     SMALL, hidden_size=64, num_heads=2, puzzle_emb_ndim=64, puzzle_emb_len=4, H_cycles=2, L_cycles=3
 )
-"""That of the golden training file."""
+"""Config of the golden training trajectory."""
 
 SIZES = {
     "golden": Size(model=GOLDEN, batch={"cpu": 4, "cuda": 4096}, rounds=12, calls=5),
@@ -79,7 +79,7 @@ SIZES = {
         batch={"cpu": 8, "cuda": 768},
         rounds=3,
     ),
-    # Two ACT steps, not sixteen: each costs the same.
+    # Two ACT steps instead of sixteen: each takes the same time.
     "full": Size(model=replace(FULL, halt_max_steps=2), batch={"cpu": 1, "cuda": 192}, rounds=3),
 }
 
@@ -115,10 +115,10 @@ def main() -> None:
 
 
 def sides_on(device: torch.device) -> list[str]:
-    """Choose the sides for a device.
+    """Return the default sides for a device.
 
-    A GPU computes in bfloat16 anyway. A CPU takes a minute to compile a plain model, and few CPUs
-    have units for bfloat16.
+    A GPU always computes in bfloat16. A CPU takes a minute to compile a plain model, and few CPUs
+    have bfloat16 units.
     """
     if device.type == "cuda":
         return ["compiled", "eager", "plain", "plain compiled"]
@@ -127,14 +127,14 @@ def sides_on(device: torch.device) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Begun:
-    """A side that has taken its first steps."""
+class WarmedUp:
+    """A side after its first steps."""
 
     side: Side
     seconds: dict[str, float]
-    """Of the first two calls, by kind."""
+    """Time of the first two calls by kind."""
     gib: dict[str, float]
-    """GPU memory at most beyond what was allocated before, by kind."""
+    """Peak GPU memory by kind, minus the memory allocated before."""
 
 
 def compare(
@@ -146,23 +146,23 @@ def compare(
     rounds: int,
     calls: int,
 ) -> list[dict[str, Any]]:
-    """Measure all sides; returns a line for each, of training and then of evaluation."""
+    """Measure all sides; return a line for each, first of training, then of evaluation."""
     batches = [random_rows(config, batch_size, seed, device) for seed in range(4)]
-    begun: dict[str, Begun] = {}
+    warm: dict[str, WarmedUp] = {}
     for side in sides:
         release_memory()
         with suppress(torch.OutOfMemoryError):
-            begun[side] = _begin(side, config, batch_size, device, batches[:2])
+            warm[side] = _warm_up(side, config, batch_size, device, batches[:2])
     release_memory()
     rates = {
         dtype: matmul_flops(config, batch_size, dtype, device)
-        for dtype in {each.side.dtype for each in begun.values()}
+        for dtype in {each.side.dtype for each in warm.values()}
     }
-    moved = optimizer_seconds(config, device)
+    optimizer = optimizer_seconds(config, device)
     columns = _columns(sides, device)
     lines = []
     for kind in KINDS:
-        turns = {side: _cycling(each.side.of(kind), batches) for side, each in begun.items()}
+        turns = {side: _cycling(each.side.step(kind), batches) for side, each in warm.items()}
         seconds = in_turns(turns, rounds=rounds, calls=calls)
         train = kind == "train"
         steps = batch_size * (1 if train else config.halt_max_steps)
@@ -170,8 +170,8 @@ def compare(
         for side in sides:
             line = {"size": name, "what": kind, "side": side, "rows": batch_size}
             if side in seconds:
-                floor = operations / rates[begun[side].side.dtype] + (moved if train else 0)
-                line |= _times(kind, side, begun[side], seconds, steps, floor)
+                floor = operations / rates[warm[side].side.dtype] + (optimizer if train else 0)
+                line |= _times(kind, side, warm[side], seconds, steps, floor)
             else:
                 line["ms"] = OUT_OF_MEMORY
             lines.append({column: line.get(column, "") for column in columns})
@@ -181,40 +181,40 @@ def compare(
 def _times(
     kind: str,
     name: str,
-    begun: Begun,
+    warm: WarmedUp,
     seconds: Mapping[str, list[float]],
     steps: int,
     floor: float,
 ) -> dict[str, Any]:
-    """The columns of a side that has run; `steps`: rows times ACT steps, `floor`: seconds."""
+    """Return the columns of a measured side. `steps` is rows x ACT steps, `floor` in seconds."""
     median = statistics.median(seconds[name])
     return {
-        "dtype": str(begun.side.dtype).removeprefix("torch."),
+        "dtype": str(warm.side.dtype).removeprefix("torch."),
         "ms": round(1000 * median, 2),
         "samples/s": round(steps / median, 2),
         "floor ms": round(1000 * floor, 2),
         "floor / time": round(floor / median, 3),
-        "first two s": round(begun.seconds[kind], 1),
-        "GiB": round(begun.gib[kind], 2),
+        "first two s": round(warm.seconds[kind], 1),
+        "GiB": round(warm.gib[kind], 2),
         **_ratios(name, seconds),
     }
 
 
-def _begin(
+def _warm_up(
     name: str,
     config: TRMConfig,
     batch_size: int,
     device: torch.device,
     batches: list[dict[str, Tensor]],
-) -> Begun:
+) -> WarmedUp:
     before = peak_gib()
     side = Side(name, config, batch_size, device)
     seconds, gib = {}, {}
     for kind in KINDS:
         release_memory()
-        seconds[kind] = sum(seconds_of(partial(side.of(kind), batch)) for batch in batches)
+        seconds[kind] = sum(seconds_of(partial(side.step(kind), batch)) for batch in batches)
         gib[kind] = peak_gib() - before
-    return Begun(side=side, seconds=seconds, gib=gib)
+    return WarmedUp(side=side, seconds=seconds, gib=gib)
 
 
 def _columns(sides: list[str], device: torch.device) -> list[str]:
@@ -228,7 +228,7 @@ def _columns(sides: list[str], device: torch.device) -> list[str]:
 
 
 def _ratios(side: str, seconds: Mapping[str, list[float]]) -> dict[str, Any]:
-    """Ratios to plain, and of compiled sides to plain compiled in the same dtype, if measured."""
+    """Return speed-ups over plain and, for compiled sides, over plain compiled in that dtype."""
     base = "plain compiled" + (" bfloat16" if "bfloat16" in side else "")
     bases = {
         "times plain": "plain",
@@ -241,7 +241,7 @@ def _ratios(side: str, seconds: Mapping[str, list[float]]) -> dict[str, Any]:
 
 
 class Side:
-    """The plain trainer, or ours on the same weights."""
+    """The plain trainer, or ours with the same weights."""
 
     def __init__(
         self,
@@ -267,7 +267,7 @@ class Side:
             self.plain = PlainTrainer(plain, batch_size=batch, compiled=compiled)
             return
         if "compiled" in words:
-            ours.fuse()
+            ours.compile_recursion()
         weights = dict(ours.named_parameters())
         self.config = TrainingConfig(
             batch_size=batch, micro_batch_size=micro_batch_size, lr_warmup_steps=0
@@ -283,8 +283,8 @@ class Side:
             trained_on=[],
         )
 
-    def of(self, kind: str) -> Callable[[dict[str, Tensor]], None]:
-        """What it does with a batch."""
+    def step(self, kind: str) -> Callable[[dict[str, Tensor]], None]:
+        """Return the function that runs a batch."""
         return self.train if kind == "train" else self.evaluate
 
     def train(self, batch: dict[str, Tensor]) -> None:
@@ -301,7 +301,7 @@ class Side:
         tokens = batch["inputs"].to(torch.uint8).cpu().numpy()
         rows = trm.puzzle_table[batch["puzzle_identifiers"].long()]
         with self.state.ema.applied():
-            predict(trm, tokens, rows, EvaluationConfig(batch_size=len(tokens)))
+            predict_tokens(trm, tokens, rows, EvaluationConfig(batch_size=len(tokens)))
 
 
 def random_rows(config: TRMConfig, rows: int, seed: int, device: torch.device) -> dict[str, Tensor]:
@@ -319,7 +319,7 @@ def random_rows(config: TRMConfig, rows: int, seed: int, device: torch.device) -
 
 
 def flops(config: TRMConfig, *, train: bool) -> float:
-    """Of one row and one ACT step: two for each multiply-add of a matrix product."""
+    """Return the FLOP of one row and one ACT step: two per multiply-add of a matrix product."""
     model = TRM(replace(config, num_puzzle_identifiers=1))
     weights = sum(parameter.numel() for parameter in model.blocks.parameters())
     N = config.positions
@@ -329,7 +329,7 @@ def flops(config: TRMConfig, *, train: bool) -> float:
 
 
 def matmul_flops(config: TRMConfig, rows: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second of the model's largest product (gate and up), best of a few."""
+    """Return the best measured FLOP/s of the model's largest product (gate and up)."""
     model = TRM(replace(config, num_puzzle_identifiers=1))
     weight = model.get_parameter("blocks.0.mlp.gate_up_proj.weight").detach().to(device, dtype)
     x = torch.randn(rows * config.positions, config.hidden_size, device=device, dtype=dtype)
@@ -339,15 +339,17 @@ def matmul_flops(config: TRMConfig, rows: int, dtype: torch.dtype, device: torch
 
 
 def optimizer_seconds(config: TRMConfig, device: torch.device) -> float:
-    """Of weights, gradients, two moments and the average, each read once and all but the gradients
-    written once, four bytes a number, at the rate at which so many are copied; best of a few.
+    """Return the minimum time of the optimizer, from the measured rate of a copy of that size.
+
+    It reads weights, gradients, two moments and the EMA, and writes all but the gradients, in
+    float32.
     """
     model = TRM(replace(config, num_puzzle_identifiers=1))
     numbers = sum(parameter.numel() for parameter in model.parameters())
     source = torch.ones(5 * numbers, device=device)
     target = torch.zeros_like(source)
-    copied = min(seconds_of(lambda: target.copy_(source)) for _ in range(10))
-    return copied * (5 + 4) / (5 + 5)
+    copy_seconds = min(seconds_of(lambda: target.copy_(source)) for _ in range(10))
+    return copy_seconds * (5 + 4) / (5 + 5)
 
 
 def _cycling(

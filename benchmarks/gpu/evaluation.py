@@ -25,15 +25,15 @@ MODES: tuple[tuple[Literal["published", "fixed", "confident"], int | None], ...]
 def run(session: Session) -> None:
     """Answer random views with random weights."""
     config = replace(GOLDEN if session.tiny else FULL, num_puzzle_identifiers=1)
-    for fused in (False,) if session.tiny else (True, False):
+    for compiled in (False,) if session.tiny else (True, False):
         for halt, act_steps in MODES:
             what = f"{halt}{f' {act_steps}' if act_steps else ''}"
-            what += f", {'compiled' if fused else 'eager'}"
+            what += f", {'compiled' if compiled else 'eager'}"
             with session.measuring(what):
-                _measure(session, what, _model(config, session, fused), halt, act_steps)
+                _measure(session, what, _model(config, session, compiled), halt, act_steps)
 
 
-def _model(config: TRMConfig, session: Session, fused: bool) -> TRM:
+def _model(config: TRMConfig, session: Session, compiled: bool) -> TRM:
     """A model with a random halt head: that of a new one stops no row before the last step."""
     model = TRM(config, seed=0)
     with torch.no_grad():
@@ -41,8 +41,8 @@ def _model(config: TRMConfig, session: Session, fused: bool) -> TRM:
         assert model.q_head.bias is not None
         model.q_head.bias.zero_()
     model.to(session.device).eval()
-    if fused:
-        model.fuse()
+    if compiled:
+        model.compile_recursion()
     return model
 
 

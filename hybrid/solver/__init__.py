@@ -1,4 +1,4 @@
-"""The hybrid solver: one attempt, the loop of attempts, and what is said between them."""
+"""The hybrid model, its self-correction loop, and the feedback between attempts."""
 
 from hybrid.llm.prompt import format_problem_text
 from hybrid.solver.config import FeedbackConfig
@@ -13,7 +13,7 @@ from hybrid.solver.feedback import (
     Vote,
     describe_errors,
 )
-from hybrid.solver.model import Attempt, AttemptState, HybridModel, attempts, read_out
+from hybrid.solver.model import Attempt, AttemptState, HybridModel, attempts, extract_grid
 
 __all__ = [
     "Attempt",
@@ -30,6 +30,6 @@ __all__ = [
     "Vote",
     "attempts",
     "describe_errors",
+    "extract_grid",
     "format_problem_text",
-    "read_out",
 ]

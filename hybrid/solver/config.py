@@ -1,4 +1,4 @@
-"""What an attempt is told of the one before it, and when a row stops."""
+"""Settings of the feedback between attempts and of early stopping."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ Source = Literal["none", "confidence", "vote", "demos", "oracle"]
 
 @dataclass(frozen=True, kw_only=True)
 class FeedbackConfig:
-    """The signal of the self-correction loop. Only `oracle` looks at an answer."""
+    """Feedback signal of the self-correction loop; only `oracle` reads the test output."""
 
     source: Source = "confidence"
-    """none: nothing, no row stops early. confidence: the halt head and its least sure cells. vote:
-    where augmented views of the same test disagree. demos: the rule tried on a demonstration that
-    was held out (data.hold_out_demos). oracle: the answer itself, an upper bound; whatever it
-    touches is marked, and it writes no submission."""
+    """none: no feedback, no early stop. confidence: the halt head's probability and the least
+    confident cells. vote: disagreement between variants of the same test. demos: the error on a
+    held-out demonstration (data.hold_out_demos). oracle: the true answer, for an upper bound; its
+    results are marked and no submission is written."""
     threshold: float = 0.5
-    """A row stops above this: probability of the halt head, share of views that agree."""
+    """Stop a row above this halt probability or share of agreeing variants."""
     history: int = 1
-    """Attempts that the text speaks of, the newest ones; older ones live on in the latent alone."""
+    """Latest attempts in the feedback text; older ones reach the model only through the latent."""
     cells: int = 1
-    """Cells that the text names of an attempt, five at most; each is about seven tokens."""
+    """Cells listed per attempt, at most five; each costs about seven tokens."""
 
     def __post_init__(self) -> None:
         problems = check_fields(self, threshold=(0, 1), history=(0, None), cells=(0, 5))

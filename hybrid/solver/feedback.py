@@ -1,7 +1,6 @@
-"""Typed feedback: what is said of an attempt, and whether the row stops. One class a source.
+"""Sources of feedback on an attempt: one class per value of `feedback.source`.
 
-Every source receives the same `AttemptResult`, made by the model alone. Only `Oracle` is built with
-answers.
+Every source receives the model's `AttemptResult`s; only `Oracle` is constructed with test outputs.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ import numpy.typing as npt
 from hybrid.arc import Augmentation, Grid, compare_grids
 from hybrid.solver.config import FeedbackConfig
 
-MOST_CELLS = 5
-"""Cells named in a feedback at most: more would be the answer itself."""
+MAX_CELLS = 5
+"""Maximum number of cells in a feedback text: a longer list would reveal the answer."""
 
 Cell = tuple[int, int, int]
 """Row, column, colour."""
@@ -25,38 +24,38 @@ Cell = tuple[int, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptResult:
-    """What an attempt made of a row, in the row's own orientation and colours."""
+    """Prediction of one attempt at one row, in the row's own orientation and colours."""
 
     row: int
-    """Number of the row in the batch that the loop began with."""
+    """Index in the initial batch."""
     tokens: npt.NDArray[np.uint8]
-    """[L] the whole canvas."""
+    """[L], the full canvas."""
     grid: Grid
     confidence: float
     """Probability of the halt head, 0..1."""
     least_confident: tuple[Cell, ...]
-    """The least sure cells of the grid, the least sure first."""
+    """Least confident cells of the grid, in ascending order of confidence."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Feedback:
-    """The feedback on an attempt."""
+    """Feedback on one attempt at one row."""
 
     text: str
-    """One line for the next attempt; empty: nothing is said."""
+    """One line for the next attempt's prompt; empty for no feedback."""
     stop: bool
 
 
 class FeedbackSource(Protocol):
-    """A source of feedback."""
+    """Callable that returns feedback on the results of an attempt."""
 
-    def __call__(self, number: int, seen: Sequence[AttemptResult]) -> list[Feedback]:
-        """Verdicts on attempt `number` (1, 2, ...) of some rows."""
+    def __call__(self, number: int, results: Sequence[AttemptResult]) -> list[Feedback]:
+        """Return one feedback per result of attempt `number` (1, 2, ...)."""
         ...
 
 
-def describe_errors(predicted: Grid, answer: Grid, most: int = MOST_CELLS) -> str:
-    """What is wrong with a prediction, at most `most` cells of it and never more than five."""
+def describe_errors(predicted: Grid, answer: Grid, max_cells: int = MAX_CELLS) -> str:
+    """Describe a prediction's errors in one line, with at most min(max_cells, MAX_CELLS) cells."""
     if predicted.size == 0:
         return "no grid"
     comparison = compare_grids(predicted, answer)
@@ -65,114 +64,114 @@ def describe_errors(predicted: Grid, answer: Grid, most: int = MOST_CELLS) -> st
     if not comparison.same_shape:
         (h, w), (h2, w2) = predicted.shape, answer.shape
         return f"size {h}x{w} should be {h2}x{w2}"
-    cells = comparison.wrong[: min(most, MOST_CELLS)]
-    named = " ".join(f"r{r}c{c}={was} should be {should}" for r, c, was, should in cells)
-    return f"{len(comparison.wrong)} wrong: {named}".removesuffix(": ")
+    cells = comparison.wrong[: min(max_cells, MAX_CELLS)]
+    listed = " ".join(f"r{r}c{c}={was} should be {should}" for r, c, was, should in cells)
+    return f"{len(comparison.wrong)} wrong: {listed}".removesuffix(": ")
 
 
 class NoFeedback:
-    """Source `none`: silence, to the last attempt."""
+    """Source `none`: empty feedback; never stops a row."""
 
-    def __call__(self, number: int, seen: Sequence[AttemptResult]) -> list[Feedback]:
-        return [Feedback(text="", stop=False) for _ in seen]
+    def __call__(self, number: int, results: Sequence[AttemptResult]) -> list[Feedback]:
+        return [Feedback(text="", stop=False) for _ in results]
 
 
 class Confidence:
-    """Source `confidence`: the halt head's probability, the cells it is least sure of."""
+    """Source `confidence`: the halt head's probability and the least confident cells."""
 
     def __init__(self, config: FeedbackConfig) -> None:
         self.config = config
 
-    def __call__(self, number: int, seen: Sequence[AttemptResult]) -> list[Feedback]:
-        return [self._judge(number, one) for one in seen]
+    def __call__(self, number: int, results: Sequence[AttemptResult]) -> list[Feedback]:
+        return [self._feedback(number, result) for result in results]
 
-    def _judge(self, number: int, one: AttemptResult) -> Feedback:
-        least_confident = _cells("least", one.least_confident[: self.config.cells])
+    def _feedback(self, number: int, result: AttemptResult) -> Feedback:
+        least_confident = _cells("least", result.least_confident[: self.config.cells])
         return Feedback(
-            text=_line(number, f"{one.confidence:.0%} sure{least_confident}"),
-            stop=one.confidence > self.config.threshold,
+            text=_line(number, f"{result.confidence:.0%} sure{least_confident}"),
+            stop=result.confidence > self.config.threshold,
         )
 
 
 class Vote:
-    """Source `vote`: the other views of the same test, each undone into the task's own frame."""
+    """Source `vote`: agreement of a test's variants, compared in the task's own frame."""
 
     def __init__(
-        self, config: FeedbackConfig, tests: Sequence[int], views: Sequence[Augmentation]
+        self, config: FeedbackConfig, tests: Sequence[int], variants: Sequence[Augmentation]
     ) -> None:
         self.config = config
         self.tests = tests
-        """Per row the test it asks."""
-        self.views = views
-        """Per row its augmentation."""
+        """Test index of each row."""
+        self.variants = variants
+        """Augmentation of each row."""
         self.latest: dict[int, Grid] = {}
 
-    def __call__(self, number: int, seen: Sequence[AttemptResult]) -> list[Feedback]:
-        self.latest |= {one.row: self.views[one.row].invert(one.grid) for one in seen}
-        return [self._judge(number, one) for one in seen]
+    def __call__(self, number: int, results: Sequence[AttemptResult]) -> list[Feedback]:
+        self.latest |= {one.row: self.variants[one.row].invert(one.grid) for one in results}
+        return [self._feedback(number, result) for result in results]
 
-    def _judge(self, number: int, one: AttemptResult) -> Feedback:
-        mine = self.latest[one.row]
-        all_views = [g for row, g in self.latest.items() if self.tests[row] == self.tests[one.row]]
-        agree = sum(np.array_equal(mine, other) for other in all_views)
-        share = agree / len(all_views)
-        text = f"{agree} of {len(all_views)} views agree"
-        shaped = [other for other in all_views if other.shape == mine.shape]
-        if mine.size and share < 1:
-            differ = np.mean([mine != other for other in shaped], axis=0)
-            # Back into the row's own frame, where its cells are what the text speaks of.
-            where = self.views[one.row].turn(differ)
-            worst = np.argsort(-where, axis=None, kind="stable")[: self.config.cells]
-            places = [divmod(int(n), where.shape[1]) for n in worst if where.flat[n] > 0]
-            text += _cells("differ", [(r, c, int(one.grid[r, c])) for r, c in places])
-        stop = bool(mine.size) and share > self.config.threshold and len(all_views) > 1
+    def _feedback(self, number: int, result: AttemptResult) -> Feedback:
+        grid, test = self.latest[result.row], self.tests[result.row]
+        votes = [vote for row, vote in self.latest.items() if self.tests[row] == test]
+        agree = sum(np.array_equal(grid, vote) for vote in votes)
+        share = agree / len(votes)
+        text = f"{agree} of {len(votes)} views agree"
+        same_shape = [vote for vote in votes if vote.shape == grid.shape]
+        if grid.size and share < 1:
+            differ = np.mean([grid != vote for vote in same_shape], axis=0)
+            # The next attempt sees the row's own frame, so the text must use its coordinates.
+            own_frame = self.variants[result.row].transform(differ)
+            worst = np.argsort(-own_frame, axis=None, kind="stable")[: self.config.cells]
+            cells = [divmod(int(n), own_frame.shape[1]) for n in worst if own_frame.flat[n] > 0]
+            text += _cells("differ", [(r, c, int(result.grid[r, c])) for r, c in cells])
+        stop = bool(grid.size) and share > self.config.threshold and len(votes) > 1
         return Feedback(text=_line(number, text), stop=stop)
 
 
 class Demos:
-    """Source `demos`: how the same attempt did on a demonstration that nobody has seen."""
+    """Source `demos`: errors of the same attempt on a held-out demonstration."""
 
     def __init__(
         self, config: FeedbackConfig, partner: Sequence[int], outputs: Mapping[int, Grid]
     ) -> None:
         self.config = config
         self.partner = partner
-        """Per row the row that asks its held-out demonstration; that one is its own partner."""
+        """For each row, the row of its held-out demonstration; such a row is its own partner."""
         self.outputs = outputs
-        """Of the rows that ask held-out demonstrations."""
+        """Expected outputs, by row of a held-out demonstration."""
 
-    def __call__(self, number: int, seen: Sequence[AttemptResult]) -> list[Feedback]:
-        grids = {one.row: one.grid for one in seen}
+    def __call__(self, number: int, results: Sequence[AttemptResult]) -> list[Feedback]:
+        grids = {result.row: result.grid for result in results}
         feedbacks = []
-        for one in seen:
-            other = self.partner[one.row]
-            said = describe_errors(grids[other], self.outputs[other], self.config.cells)
-            text = _line(number, f"on a held-out example {said}")
-            feedbacks.append(Feedback(text=text, stop=said == "right"))
+        for result in results:
+            other = self.partner[result.row]
+            errors = describe_errors(grids[other], self.outputs[other], self.config.cells)
+            text = _line(number, f"on a held-out example {errors}")
+            feedbacks.append(Feedback(text=text, stop=errors == "right"))
         return feedbacks
 
 
 class Oracle:
-    """Source `oracle`: the answer. An upper bound, never a result."""
+    """Source `oracle`: errors against the true answer; gives an upper bound, not a score."""
 
     def __init__(self, config: FeedbackConfig, answers: Sequence[Grid]) -> None:
         self.config = config
         self.answers = answers
-        """Per row, in its own orientation and colours."""
+        """Answer of each row, in the row's own orientation and colours."""
 
-    def __call__(self, number: int, seen: Sequence[AttemptResult]) -> list[Feedback]:
+    def __call__(self, number: int, results: Sequence[AttemptResult]) -> list[Feedback]:
         feedbacks = []
-        for one in seen:
-            said = describe_errors(one.grid, self.answers[one.row], self.config.cells)
-            feedbacks.append(Feedback(text=_line(number, said), stop=said == "right"))
+        for result in results:
+            errors = describe_errors(result.grid, self.answers[result.row], self.config.cells)
+            feedbacks.append(Feedback(text=_line(number, errors), stop=errors == "right"))
         return feedbacks
 
 
-def _line(number: int, said: str) -> str:
-    return f"Try {number}: {said}"
+def _line(number: int, text: str) -> str:
+    return f"Try {number}: {text}"
 
 
-def _cells(word: str, cells: Sequence[Cell]) -> str:
+def _cells(label: str, cells: Sequence[Cell]) -> str:
     if not cells:
         return ""
-    return f", {word} " + " ".join(f"r{r}c{c}={colour}" for r, c, colour in cells)
+    return f", {label} " + " ".join(f"r{r}c{c}={colour}" for r, c, colour in cells)

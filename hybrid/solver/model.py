@@ -1,13 +1,13 @@
-"""The hybrid: a language model reads, the TRM draws, latents go both ways.
+"""The hybrid model: a language model reads, the TRM predicts, latents are passed both ways.
 
-    latent   = to_text(z_H, z_L)                     what the TRM has, for the language model
-    hidden   = reader(problem, latent, feedback)     read behind the encoded problem
-    delta    = to_latent(hidden)                     what the TRM is told
+    latent   = to_text(z_H, z_L)                     soft tokens for the language model
+    hidden   = reader(problem, latent, feedback)     read after the cached problem
+    delta    = to_latent(hidden)                     change of the TRM's states
     z_H, z_L = TRM ACT steps from (z_H, z_L) + delta
-    grid     = read-out; its feedback goes into the next attempt
+    grid     = argmax of the logits; its feedback enters the next attempt
 
-Nothing on this way is detached. The carry goes on from attempt to attempt, so with adapters that
-say nothing n attempts are n times `act_steps` ACT steps of the TRM, bit for bit.
+Gradient flows through all of it, and the states carry over from attempt to attempt. If the adapters
+output zeros, n attempts equal n * `act_steps` ACT steps of the TRM, bit for bit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from hybrid.adapters import AdapterConfig, LatentToTextAdapter, TextToLatentAdapter
 from hybrid.arc import FIRST_COLOUR, PAD, Grid, halt_confidence, tokens_to_grid
-from hybrid.solver.feedback import MOST_CELLS, AttemptResult, Feedback, FeedbackSource
+from hybrid.solver.feedback import MAX_CELLS, AttemptResult, Feedback, FeedbackSource
 from hybrid.trm import TRM, Batch, Outputs
 
 if TYPE_CHECKING:
@@ -34,80 +34,80 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptState:
-    """Rows in the middle of their attempts, [n, ...] each."""
+    """State of n active rows between attempts; z_H and z_L are [n, P+L, D]."""
 
-    numbers: Tensor
-    """Their numbers in the batch that the loop began with."""
+    row_indices: Tensor
+    """[n], indices in the initial batch."""
     current: dict[str, Tensor]
-    """inputs, and whatever else the batch has."""
+    """The rows' batch: inputs, optionally others, [n, ...] each."""
     puzzle_rows: Tensor
-    """Of *all* rows that the loop began with: picked anew by every attempt, because what is picked
-    once is freed by the backward of its window."""
-    encoding: PromptCache | None
-    """The problems; None where nobody reads."""
+    """Puzzle embeddings of the *initial* batch; indexed again in each attempt because backward()
+    frees the graph of the indexed copy."""
+    prompt_cache: PromptCache | None
+    """Cached problems of the rows; None without a reader."""
     z_H: Tensor
     z_L: Tensor
     histories: tuple[tuple[str, ...], ...]
-    """Lines said of the attempts so far."""
+    """Feedback lines of each row's latest attempts."""
 
     def detach(self) -> AttemptState:
-        """Without the graph that made them; of a language model in training also the problems'."""
-        encoding = self.encoding
-        if encoding:
-            layers = tuple((keys.detach(), values.detach()) for keys, values in encoding.layers)
-            encoding = replace(encoding, layers=layers)
-        return replace(self, z_H=self.z_H.detach(), z_L=self.z_L.detach(), encoding=encoding)
+        """Return a copy detached from the graph, including the cache of a trained LLM."""
+        cache = self.prompt_cache
+        if cache:
+            layers = tuple((keys.detach(), values.detach()) for keys, values in cache.layers)
+            cache = replace(cache, layers=layers)
+        return replace(self, z_H=self.z_H.detach(), z_L=self.z_L.detach(), prompt_cache=cache)
 
-    def take(self, kept: Sequence[int]) -> AttemptState:
-        """Some of them."""
-        if len(kept) == len(self.histories):
+    def select(self, rows: Sequence[int]) -> AttemptState:
+        """Return the state of `rows`, given as positions 0..n-1 in ascending order."""
+        if len(rows) == len(self.histories):
             return self
-        index = torch.tensor(kept, dtype=torch.long, device=self.z_H.device)
+        index = torch.tensor(rows, dtype=torch.long, device=self.z_H.device)
         return AttemptState(
-            numbers=self.numbers[index],
+            row_indices=self.row_indices[index],
             current={name: value[index] for name, value in self.current.items()},
             puzzle_rows=self.puzzle_rows,
-            encoding=self.encoding.take(index) if self.encoding else None,
+            prompt_cache=self.prompt_cache.select(index) if self.prompt_cache else None,
             z_H=self.z_H[index],
             z_L=self.z_L[index],
-            histories=tuple(self.histories[n] for n in kept),
+            histories=tuple(self.histories[n] for n in rows),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What the language model made of the rows of an attempt; detached."""
+    """Output of the language model for n rows, detached."""
 
     hidden: Tensor | None
-    """[n, H]; None where nobody reads."""
+    """[n, H]; None without a reader."""
     latent: Tensor | None
-    """[n, ...]: all that it told the TRM."""
+    """[n, states * (P+L), D], the deltas added to the TRM's states."""
     reasoning: list[str]
-    """Text that it wrote, "" where it wrote none."""
+    """Generated text of each row, possibly empty."""
     llm_tokens: list[int]
-    """Tokens that each row took, without what its problem took beforehand."""
+    """Tokens processed for each row, without the cached problem."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """What one attempt made of the rows that were still going."""
+    """One attempt at the n active rows."""
 
     number: int
     """1, 2, ..."""
-    rows: AttemptState
-    """As the attempt left them."""
+    state: AttemptState
+    """State after the attempt."""
     outputs: Outputs
     reading: Reading
-    seen: list[AttemptResult]
+    results: list[AttemptResult]
     feedbacks: list[Feedback]
     ended: Tensor
-    """[n] bool: the rows that make no attempt after this one."""
+    """[n] bool, True for rows that make no further attempt."""
     cut: bool
-    """The graph ends here: whoever wants gradients calls backward before going on."""
+    """True if the graph ends here: to train, call backward() before requesting the next attempt."""
 
 
 class HybridModel(nn.Module):
-    """TRM and adapters, which are trained, around a reader, which is not part of the module."""
+    """TRM and adapters, trained jointly around a reader that is not a submodule."""
 
     def __init__(
         self, trm: TRM, reader: Reader | None, config: AdapterConfig, *, act_steps: int, seed: int
@@ -116,11 +116,11 @@ class HybridModel(nn.Module):
         self.trm = trm
         self.reader = reader
         self.act_steps = act_steps
-        """ACT steps of an attempt."""
+        """ACT steps per attempt."""
         self.to_latent: TextToLatentAdapter | None = None
         self.to_text: LatentToTextAdapter | None = None
         if config.inject != "none":
-            assert reader is not None, "somebody must read"
+            assert reader is not None, f"adapter.inject={config.inject} needs a reader"
             llm, D = reader.backbone, trm.config.hidden_size
             self.to_latent = TextToLatentAdapter(
                 llm.hidden_size, trm.config.positions, D, config, seed
@@ -132,52 +132,52 @@ class HybridModel(nn.Module):
                 self.llama = llm.model.model
 
     def train(self, mode: bool = True) -> HybridModel:
-        """The language model stays as it is for inference: dropout would break its caches."""
+        """Set the mode; the language model stays in eval mode: dropout would break its caches."""
         super().train(mode)
         if self.reader:
             self.reader.backbone.model.eval()
         return self
 
-    def begin(
-        self, batch: Batch, puzzle_rows: Tensor, encoding: PromptCache | None
+    def initial_state(
+        self, batch: Batch, puzzle_rows: Tensor, prompt_cache: PromptCache | None
     ) -> AttemptState:
-        """Rows before their first attempt. `encoding` of the same rows, None without a reader."""
+        """Return the state before the first attempt; `puzzle_rows` is [B, puzzle_emb_ndim]."""
         count = len(batch["inputs"])
         z_H, z_L = self.trm.fresh_states(batch["inputs"])
         return AttemptState(
-            numbers=torch.arange(count, device=z_H.device),
+            row_indices=torch.arange(count, device=z_H.device),
             current=dict(batch),
             puzzle_rows=puzzle_rows,
-            encoding=encoding if self.to_latent else None,
+            prompt_cache=prompt_cache if self.to_latent else None,
             z_H=z_H,
             z_L=z_L,
             histories=((),) * count,
         )
 
     def attempt(
-        self, rows: AttemptState, *, recompute: bool = True
+        self, state: AttemptState, *, recompute: bool = True
     ) -> tuple[AttemptState, Outputs, Reading]:
-        """One attempt: read, inject, think."""
+        """Run one attempt: read, inject, recurse; return the new state, outputs and reading."""
         delta: Mapping[str, Tensor] = {}
-        count = len(rows.histories)
+        count = len(state.histories)
         hidden, reasoning, llm_tokens = None, [""] * count, [0] * count
         if self.to_latent is not None and self.to_text is not None:
-            assert self.reader is not None and rows.encoding is not None
-            latent = self.to_text(rows.z_H, rows.z_L)
-            positions = rows.z_H.shape[1]
+            assert self.reader is not None and state.prompt_cache is not None
+            latent = self.to_text(state.z_H, state.z_L)
             hidden, reasoning, llm_tokens = self.reader.read(
-                rows.encoding, latent, rows.histories, recompute
+                state.prompt_cache, latent, state.histories, recompute
             )
+            positions = self.trm.position_indices(state.z_H.shape[1])
             delta = {
-                state: value.to(self.trm.dtype)
-                for state, value in self.to_latent(hidden, self.trm.places(positions)).items()
+                name: value.to(self.trm.dtype)
+                for name, value in self.to_latent(hidden, positions).items()
             }
-        z_H = rows.z_H + delta["z_H"] if "z_H" in delta else rows.z_H
-        z_L = rows.z_L + delta["z_L"] if "z_L" in delta else rows.z_L
-        puzzle_rows = rows.puzzle_rows[rows.numbers]
+        z_H = state.z_H + delta["z_H"] if "z_H" in delta else state.z_H
+        z_L = state.z_L + delta["z_L"] if "z_L" in delta else state.z_L
+        puzzle_rows = state.puzzle_rows[state.row_indices]
         for _ in range(self.act_steps):
             z_H, z_L, outputs = self.trm.recurse(
-                rows.current,
+                state.current,
                 z_H,
                 z_L,
                 puzzle_rows=puzzle_rows,
@@ -191,75 +191,75 @@ class HybridModel(nn.Module):
             reasoning=reasoning,
             llm_tokens=llm_tokens,
         )
-        return replace(rows, z_H=z_H, z_L=z_L), outputs, reading
+        return replace(state, z_H=z_H, z_L=z_L), outputs, reading
 
 
 def attempts(
-    solver: HybridModel,
-    rows: AttemptState,
-    judge: FeedbackSource,
+    model: HybridModel,
+    state: AttemptState,
+    feedback_source: FeedbackSource,
     *,
-    most: int,
+    max_attempts: int,
     history: int,
-    least: Sequence[int] | None = None,
+    min_attempts: Sequence[int] | None = None,
     bptt: int | None = None,
     recompute: bool = True,
 ) -> Iterator[Attempt]:
-    """Up to `most` attempts; rows that stop leave the batch and cost nothing more.
+    """Yield up to `max_attempts` attempts; stopped rows leave the batch.
 
-    `least`: per row the attempts it makes at least, whatever the judge says. After every `bptt`
-    attempts the states are detached; the attempt before that has `cut` set, as has the last one.
+    `min_attempts` are per row and override the feedback's stop. The states are detached after every
+    `bptt` attempts; the attempt before that has `cut` set, and so has the last one.
     """
-    for number in range(1, most + 1):
-        rows, outputs, reading = solver.attempt(rows, recompute=recompute)
-        seen = read_predictions(rows, outputs)
-        feedbacks = judge(number, seen)
-        going = [
+    for number in range(1, max_attempts + 1):
+        state, outputs, reading = model.attempt(state, recompute=recompute)
+        results = read_predictions(state, outputs)
+        feedbacks = feedback_source(number, results)
+        active = [
             n
-            for n, (one, feedback) in enumerate(zip(seen, feedbacks, strict=True))
-            if not feedback.stop or (least is not None and number < least[one.row])
+            for n, (result, feedback) in enumerate(zip(results, feedbacks, strict=True))
+            if not feedback.stop or (min_attempts is not None and number < min_attempts[result.row])
         ]
-        last = number == most or not going
+        last = number == max_attempts or not active
         cut = last or (bptt is not None and number % bptt == 0)
         yield Attempt(
             number=number,
-            rows=rows,
+            state=state,
             outputs=outputs,
             reading=reading,
-            seen=seen,
+            results=results,
             feedbacks=feedbacks,
-            ended=_ended(len(seen), () if last else going, rows.numbers.device),
+            ended=_ended(len(results), () if last else active, state.row_indices.device),
             cut=cut,
         )
         if last:
             return
         if cut:
-            rows = rows.detach()
-        said = [
+            state = state.detach()
+        histories = tuple(
             tuple(line for line in (*lines, feedback.text) if line)[-history:] if history else ()
-            for lines, feedback in zip(rows.histories, feedbacks, strict=True)
-        ]
-        rows = replace(rows, histories=tuple(said)).take(going)
+            for lines, feedback in zip(state.histories, feedbacks, strict=True)
+        )
+        state = replace(state, histories=histories).select(active)
 
 
-def read_predictions(rows: AttemptState, outputs: Outputs) -> list[AttemptResult]:
-    """Tokens, grids, confidences and least sure cells."""
+def read_predictions(state: AttemptState, outputs: Outputs) -> list[AttemptResult]:
+    """Return each row's tokens, grid, confidence and least confident cells."""
     with torch.no_grad():
         top = outputs.logits.topk(2, dim=-1)
         tokens = top.indices[..., 0].to(torch.uint8).cpu().numpy()
         margins = (top.values[..., 0] - top.values[..., 1]).float().cpu().numpy()
-        inputs = rows.current["inputs"].to(torch.uint8).cpu().numpy()
-        sure = halt_confidence(outputs.q_halt.float().cpu().numpy())
+        inputs = state.current["inputs"].to(torch.uint8).cpu().numpy()
+        confidences = halt_confidence(outputs.q_halt.float().cpu().numpy())
     return [
-        _seen(number, tokens[n], margins[n], inputs[n], float(sure[n]))
-        for n, number in enumerate(rows.numbers.tolist())
+        _attempt_result(row, tokens[n], margins[n], inputs[n], float(confidences[n]))
+        for n, row in enumerate(state.row_indices.tolist())
     ]
 
 
-def read_out(
+def extract_grid(
     tokens: npt.NDArray[np.uint8], inputs: npt.NDArray[np.uint8]
 ) -> tuple[Grid, tuple[int, int]]:
-    """The grid in `tokens` [L], and where its input, and so it, has its top-left cell."""
+    """Return the grid in `tokens` [L] and its top-left cell, which is that of `inputs` [L]."""
     side = isqrt(len(tokens))
     top, left = divmod(int((inputs >= FIRST_COLOUR).argmax()), side)
     moved = np.full((side, side), PAD, np.uint8)
@@ -267,29 +267,29 @@ def read_out(
     return tokens_to_grid(moved.ravel()), (top, left)
 
 
-def _seen(
-    number: int,
+def _attempt_result(
+    row: int,
     tokens: npt.NDArray[np.uint8],
     margins: npt.NDArray[np.float32],
     inputs: npt.NDArray[np.uint8],
     confidence: float,
 ) -> AttemptResult:
-    grid, (top, left) = read_out(tokens, inputs)
+    grid, (top, left) = extract_grid(tokens, inputs)
     side = isqrt(len(tokens))
     height, width = grid.shape
     inside = margins.reshape(side, side)[top : top + height, left : left + width]
-    order = np.argsort(inside, axis=None, kind="stable")[:MOST_CELLS]
-    places = [divmod(int(n), width) for n in order]
+    order = np.argsort(inside, axis=None, kind="stable")[:MAX_CELLS]
+    cells = [divmod(int(n), width) for n in order]
     return AttemptResult(
-        row=number,
+        row=row,
         tokens=tokens,
         grid=grid,
         confidence=confidence,
-        least_confident=tuple((r, c, int(grid[r, c])) for r, c in places),
+        least_confident=tuple((r, c, int(grid[r, c])) for r, c in cells),
     )
 
 
-def _ended(count: int, going: Sequence[int], device: torch.device) -> Tensor:
+def _ended(count: int, active: Sequence[int], device: torch.device) -> Tensor:
     ended = torch.ones(count, dtype=torch.bool)
-    ended[list(going)] = False
+    ended[list(active)] = False
     return ended.to(device)

@@ -47,38 +47,38 @@ class Carry:
     current: dict[str, Tensor]
     """The batch's tensors as the slots hold them."""
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything in it, [slots, ...] each, by name; `of` takes it back."""
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Everything in it, [slots, ...] each, by name; `from_tensors` takes it back."""
         own = {name: getattr(self, name) for name in ("z_H", "z_L", "steps", "halted")}
         return own | {f"current.{name}": value for name, value in self.current.items()}
 
     @staticmethod
-    def of(tensors: Mapping[str, Tensor]) -> Carry:
+    def from_tensors(tensors: Mapping[str, Tensor]) -> Carry:
         """A carry of what `tensors` gives."""
         own = {name: value for name, value in tensors.items() if "." not in name}
         current = {name.partition(".")[2]: tensors[name] for name in tensors.keys() - own.keys()}
         return Carry(**own, current=current)
 
-    def take(self, slots: Slots, cells: int) -> Carry:
+    def select(self, slots: Slots, cells: int) -> Carry:
         """Some slots, whose rows stand on a canvas of `cells` cells: all tensors are cut to it."""
         less = self.current["inputs"].shape[1] - cells
-        return Carry.of(
+        return Carry.from_tensors(
             {
                 name: value[slots, : value.shape[1] - less] if value.dim() > 1 else value[slots]
-                for name, value in self.tensors().items()
+                for name, value in self.to_tensors().items()
             }
         )
 
-    def put(self, parts: Sequence[tuple[Slots, Carry]]) -> Carry:
+    def scatter(self, parts: Sequence[tuple[Slots, Carry]]) -> Carry:
         """All slots, when parts that hold all of them have gone on; beyond their canvas zeros."""
         if len(parts) == 1 and parts[0][1].z_H.shape == self.z_H.shape:
             return parts[0][1]
-        whole = {name: torch.zeros_like(value) for name, value in self.tensors().items()}
+        whole = {name: torch.zeros_like(value) for name, value in self.to_tensors().items()}
         for slots, part in parts:
-            for name, value in part.tensors().items():
+            for name, value in part.to_tensors().items():
                 cut = (slots, slice(value.shape[1])) if value.dim() > 1 else slots
                 whole[name][cut] = value
-        return Carry.of(whole)
+        return Carry.from_tensors(whole)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +145,7 @@ class TRM(nn.Module):
         truncated_normal_(self.L_init, 1.0, generator)
         self.puzzle_table.zero_()
 
-    def fuse(self) -> None:
+    def compile_recursion(self) -> None:
         """Compile a cycle of the recursion with torch.compile; numbers change by rounding.
 
         Compiles once per kind of gradient, for all batch and canvas sizes, so that numbers do not
@@ -248,7 +248,7 @@ class TRM(nn.Module):
 
     def _recur(self, x: Tensor, z_H: Tensor, z_L: Tensor) -> tuple[Tensor, Tensor]:
         """Run H_cycles cycles, the last one with gradient (the paper's deep recursion)."""
-        rotary = self._rotary_of(x.shape[1], x.device)
+        rotary = self._rotary_table(x.shape[1], x.device)
         for cycle in range(self.config.H_cycles):
             last = cycle == self.config.H_cycles - 1
             with nullcontext() if last else torch.no_grad():
@@ -259,7 +259,7 @@ class TRM(nn.Module):
         self, x: Tensor, z_H: Tensor, z_L: Tensor, recompute: bool
     ) -> tuple[Tensor, Tensor]:
         """Run the same cycles, all of them with gradient."""
-        rotary = self._rotary_of(x.shape[1], x.device)
+        rotary = self._rotary_table(x.shape[1], x.device)
         for _ in range(self.config.H_cycles):
             if recompute and torch.is_grad_enabled():
                 z_H, z_L = checkpoint(self._cycle, x, z_H, z_L, rotary, use_reentrant=False)
@@ -295,7 +295,7 @@ class TRM(nn.Module):
             padded = F.pad(rows, (0, P * D - rows.shape[-1]))
             x = torch.cat((padded.view(-1, P, D), x), dim=1)
         if self.config.pos_encodings == "learned":
-            places = self.places(x.shape[1])
+            places = self.position_indices(x.shape[1])
             there = self.embed_pos if places is None else self.embed_pos[places]
             x = 0.707106781 * (x + there.to(self.dtype))
         return x * math.sqrt(D), puzzle_rows
@@ -328,7 +328,7 @@ class TRM(nn.Module):
         minimum = (explore < self.config.halt_exploration_prob) * (2 + (least * (most - 1)).long())
         return (last | (q_halt > 0)) & (steps >= minimum)
 
-    def _rotary_of(self, positions: int, device: torch.device) -> Rotary | None:
+    def _rotary_table(self, positions: int, device: torch.device) -> Rotary | None:
         """Angles of the cells of a canvas, which may be smaller than the full one."""
         if self.config.pos_encodings != "rope" or self.config.mlp_t:
             return None
@@ -337,14 +337,14 @@ class TRM(nn.Module):
             dim = self.config.hidden_size // self.config.num_heads
             # Not an inference tensor, whatever mode the first caller is in: training uses it too.
             with torch.inference_mode(False):
-                places = self.places(positions)
+                places = self.position_indices(positions)
                 if places is None:
                     places = torch.arange(positions)
                 known = rotary_table(places.to(device), dim, self.config.rope_theta)
             self._rotary[positions] = known
         return known
 
-    def places(self, positions: int) -> Tensor | None:
+    def position_indices(self, positions: int) -> Tensor | None:
         """[positions] int64: where prefix and cells of a smaller canvas stand on the full one.
 
         None for the full canvas. Both are square and share the top-left corner.

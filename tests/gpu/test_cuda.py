@@ -23,16 +23,16 @@ from hybrid.train.loop import train
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("name", golden.LIMITS)
-def test_act_steps_are_the_published_ones(cuda: torch.device, name: str, fused: bool) -> None:
-    found = parity.act_steps(name, cuda, fused)
+def test_act_steps_are_the_published_ones(cuda: torch.device, name: str, compiled: bool) -> None:
+    found = parity.act_steps(name, cuda, compiled)
     assert found["ok"], found
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["eager", "compiled"])
-def test_training_follows_the_published_trajectory(cuda: torch.device, fused: bool) -> None:
-    found = parity.trajectory(cuda, fused)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_training_follows_the_published_trajectory(cuda: torch.device, compiled: bool) -> None:
+    found = parity.trajectory(cuda, compiled)
     assert found["ok"], found
 
 

@@ -121,7 +121,7 @@ def test_take_and_join_change_no_row(tiny: Tiny) -> None:
     whole = backbone.read(encoding, latent, TEXTS)
     order = [3, 1, 1, 2]
     taken = backbone.read(
-        encoding.take(torch.tensor(order)), latent[order], [TEXTS[n] for n in order]
+        encoding.select(torch.tensor(order)), latent[order], [TEXTS[n] for n in order]
     )
     torch.testing.assert_close(taken, whole[order], **EXACT)
     parts = [backbone.prefill([PROBLEMS[1]]), backbone.prefill(PROBLEMS[2:]), encoding]
@@ -233,7 +233,7 @@ def test_greedy_text_is_that_of_each_row_alone_and_stops_at_its_end(
     assert backbone.generate(encoding, latent, TEXTS, 12) == wanted
     for row in range(len(PROBLEMS)):
         assert by_hand(one_forward, backbone, row, latent, 12) == wanted[row]
-        alone = encoding.take(torch.tensor([row]))
+        alone = encoding.select(torch.tensor([row]))
         assert backbone.generate(alone, latent[[row]], [TEXTS[row]], 12) == [wanted[row]]
     for most in (0, 1, 5):
         few = backbone.generate(encoding, latent, TEXTS, most)

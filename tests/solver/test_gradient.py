@@ -1,4 +1,4 @@
-"""Nothing between text and latent is cut: finite differences in float64; what a window costs."""
+"""Gradients of the attempt loop: finite differences in float64, windows, and memory."""
 
 from __future__ import annotations
 
@@ -18,92 +18,96 @@ from hybrid.trm import IGNORE, TRM, Outputs
 Cases = Callable[..., Any]
 Grads = dict[str, Tensor]
 STEP = 3e-4
-"""Of a finite difference along a direction of length 1; a third or three times it does as well."""
+"""Finite-difference step along a unit direction; a third or three times it gives equal results."""
 
 
-def loss_of(outputs: Outputs, rows: AttemptState) -> Tensor:
-    """Smooth, unlike stablemax, whose second derivative jumps at 0; summed over rows."""
-    labels = rows.current["labels"].long().flatten()
+def loss_of(outputs: Outputs, state: AttemptState) -> Tensor:
+    """Return a smooth loss summed over rows; stablemax's second derivative jumps at 0."""
+    labels = state.current["labels"].long().flatten()
     logits = outputs.logits.flatten(0, 1)
     answer = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
     return answer / 8 + outputs.q_halt.sigmoid().sum()
 
 
-def whole_loss(
-    solver: HybridModel, rows: AttemptState, most: int, recompute: bool = False
+def total_loss(
+    model: HybridModel, state: AttemptState, max_attempts: int, recompute: bool = False
 ) -> Tensor:
-    made = attempts(solver, rows, NoFeedback(), most=most, history=1, recompute=recompute)
-    return torch.stack([loss_of(one.outputs, one.rows) for one in made]).sum()
+    options: dict[str, Any] = {"max_attempts": max_attempts, "history": 1, "recompute": recompute}
+    made = attempts(model, state, NoFeedback(), **options)
+    return torch.stack([loss_of(attempt.outputs, attempt.state) for attempt in made]).sum()
 
 
 def gradients(
-    case: Any, run: Callable[[AttemptState], object], kept: Sequence[int] | None = None
+    case: Any, run: Callable[[AttemptState], object], rows: Sequence[int] | None = None
 ) -> Grads:
-    """Of all weights and of the puzzle rows, after `run` has called backward."""
-    case.solver.zero_grad()
+    """Return the gradients of all weights and the puzzle rows after `run` called backward."""
+    case.model.zero_grad()
     leaf = case.puzzle_rows.clone().requires_grad_()
-    run(case.begin(kept, puzzle_rows=leaf))
-    named = [*case.solver.named_parameters(), ("puzzle_rows", leaf)]
+    run(case.initial_state(rows, puzzle_rows=leaf))
+    named = [*case.model.named_parameters(), ("puzzle_rows", leaf)]
     return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in named}
 
 
-def whole_gradients(case: Any, most: int, recompute: bool = True) -> Grads:
-    return gradients(case, lambda rows: whole_loss(case.solver, rows, most, recompute).backward())
+def total_gradients(case: Any, max_attempts: int, recompute: bool = True) -> Grads:
+    def run(state: AttemptState) -> None:
+        total_loss(case.model, state, max_attempts, recompute).backward()
+
+    return gradients(case, run)
 
 
-def assert_close(found: Grads, wanted: Grads, tolerance: float = 1e-9) -> None:
-    for name, gradient in wanted.items():
+def assert_close(actual: Grads, expected: Grads, tolerance: float = 1e-9) -> None:
+    for name, gradient in expected.items():
         torch.testing.assert_close(
-            found[name], gradient, rtol=0, atol=tolerance * float(gradient.abs().max()) + 1e-13
+            actual[name], gradient, rtol=0, atol=tolerance * float(gradient.abs().max()) + 1e-13
         )
 
 
 @torch.no_grad()
-def errors(case: Any, found: Grads, most: int) -> dict[str, float]:
-    """Per tensor the relative error of its slope along a random direction.
+def errors(case: Any, grads: Grads, max_attempts: int) -> dict[str, float]:
+    """Return each tensor's relative slope error along a random direction.
 
-    Relative to the larger of both slopes; where the direction happens to be level, to a tenth of
-    the slope that is usual for a gradient of this length; never to less than 1e-6, because the
-    differences themselves are good to 1e-11.
+    The error is relative to the larger slope, or to a tenth of the gradient's root mean square if
+    the slope along the direction is near zero; at least to 1e-6, since finite differences are
+    accurate to 1e-11.
     """
-    draw, wrong = torch.Generator().manual_seed(5), {}
-    frozen = case.solver.reader.config.frozen
-    start = case.begin()
-    for name, weight in [*case.solver.named_parameters(), ("puzzle_rows", case.puzzle_rows)]:
+    draw, relative = torch.Generator().manual_seed(5), {}
+    frozen = case.model.reader.config.frozen
+    start = case.initial_state()
+    for name, weight in [*case.model.named_parameters(), ("puzzle_rows", case.puzzle_rows)]:
         direction = torch.randn(weight.shape, generator=draw, dtype=torch.float64)
         direction /= direction.norm()
-        values, here = [], weight.detach().clone()
+        values, original = [], weight.detach().clone()
         for k in (-2, -1, 1, 2):
-            weight.copy_(here + k * STEP * direction)
-            # Of a frozen reader nothing in the problem's encoding can move.
-            rows = replace(start, puzzle_rows=case.puzzle_rows) if frozen else case.begin()
-            values.append(float(whole_loss(case.solver, rows, most)))
-        weight.copy_(here)
+            weight.copy_(original + k * STEP * direction)
+            # A frozen reader's prompt cache does not depend on any weight.
+            state = replace(start, puzzle_rows=case.puzzle_rows) if frozen else case.initial_state()
+            values.append(float(total_loss(case.model, state, max_attempts)))
+        weight.copy_(original)
         numeric = (values[0] - 8 * values[1] + 8 * values[2] - values[3]) / (12 * STEP)
-        analytic = float((found[name] * direction).sum())
-        usual = float(found[name].norm()) / weight.numel() ** 0.5
-        scale = max(abs(numeric), abs(analytic), 0.1 * usual, 1e-6)
-        wrong[name] = abs(numeric - analytic) / scale
-    return wrong
+        analytic = float((grads[name] * direction).sum())
+        rms = float(grads[name].norm()) / weight.numel() ** 0.5
+        scale = max(abs(numeric), abs(analytic), 0.1 * rms, 1e-6)
+        relative[name] = abs(numeric - analytic) / scale
+    return relative
 
 
-def check(case: Any, most: int) -> None:
-    found = whole_gradients(case, most)
-    # Slopes this small would tell nothing.
-    least = min(float(g.abs().max()) for n, g in found.items() if not n.startswith("llama."))
-    assert least > 1e-5
-    wrong = errors(case, found, most)
-    assert max(wrong.values()) <= 1e-5, {n: e for n, e in wrong.items() if e > 1e-5}
+def check(case: Any, max_attempts: int) -> None:
+    grads = total_gradients(case, max_attempts)
+    # Smaller gradients would make the comparison meaningless.
+    smallest = min(float(g.abs().max()) for n, g in grads.items() if not n.startswith("llama."))
+    assert smallest > 1e-5
+    relative = errors(case, grads, max_attempts)
+    assert max(relative.values()) <= 1e-5, {n: e for n, e in relative.items() if e > 1e-5}
 
 
-@pytest.mark.parametrize("most", [1, 2, 3])
+@pytest.mark.parametrize("max_attempts", [1, 2, 3])
 @pytest.mark.parametrize("cycles", [1, 2, 3])
 @pytest.mark.parametrize("inject", ["carry", "input", "both"])
-def test_every_gradient_is_that_of_finite_differences(
-    case_of: Cases, inject: str, cycles: int, most: int
+def test_gradients_match_finite_differences(
+    case_of: Cases, inject: str, cycles: int, max_attempts: int
 ) -> None:
-    case = case_of(inject=inject, rows=2, H_cycles=cycles, L_cycles=1, shaken=True)
-    check(case, most)
+    case = case_of(inject=inject, rows=2, H_cycles=cycles, L_cycles=1, perturbed=True)
+    check(case, max_attempts)
 
 
 SHORT = {"max_prompt_tokens": 170}
@@ -119,15 +123,19 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-def test_so_it_is_in_other_hybrids(case_of: Cases, variant: dict[str, Any]) -> None:
-    case = case_of(rows=2, shaken=True, **{"L_cycles": 1, **variant})
+def test_gradients_match_finite_differences_in_other_configs(
+    case_of: Cases, variant: dict[str, Any]
+) -> None:
+    case = case_of(rows=2, perturbed=True, **{"L_cycles": 1, **variant})
     if "max_new_tokens" in variant.get("llama", {}):
         with torch.no_grad():
-            assert any(case.solver.attempt(case.begin())[2].reasoning), "nothing was written"
+            assert any(case.model.attempt(case.initial_state())[2].reasoning), (
+                "no text was generated"
+            )
     check(case, 2)
 
 
-def as_published(monkeypatch: pytest.MonkeyPatch) -> None:
+def use_published_recursion(monkeypatch: pytest.MonkeyPatch) -> None:
     recurse = TRM.recurse
 
     def last_cycle_only(*args: Any, **kwargs: Any) -> Any:
@@ -137,103 +145,108 @@ def as_published(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("cycles", [2, 3])
-def test_the_published_recursion_would_teach_an_adapter_nothing(
+def test_published_recursion_gives_adapters_no_gradient(
     case_of: Cases, monkeypatch: pytest.MonkeyPatch, cycles: int
 ) -> None:
-    case = case_of(inject="carry", rows=2, H_cycles=cycles, shaken=True)
-    learned = whole_gradients(case, 2)
-    as_published(monkeypatch)
-    trap = whole_gradients(case, 2)
-    adapters = [name for name in trap if name.startswith("to_")]
+    case = case_of(inject="carry", rows=2, H_cycles=cycles, perturbed=True)
+    full = total_gradients(case, 2)
+    use_published_recursion(monkeypatch)
+    published = total_gradients(case, 2)
+    adapters = [name for name in published if name.startswith("to_")]
     assert len(adapters) == 14
-    assert all(float(learned[name].norm()) > 1e-5 for name in adapters)
-    assert all(float(trap[name].norm()) == 0 for name in adapters)
-    assert float(trap["trm.embed_tokens"].norm()) > 0
+    assert all(float(full[name].norm()) > 1e-5 for name in adapters)
+    assert all(float(published[name].norm()) == 0 for name in adapters)
+    assert float(published["trm.embed_tokens"].norm()) > 0
 
 
 @pytest.mark.parametrize("inject", ["input", "both"])
-def test_the_finite_differences_notice_a_missing_cycle(
+def test_finite_differences_detect_a_missing_cycle(
     case_of: Cases, monkeypatch: pytest.MonkeyPatch, inject: str
 ) -> None:
-    case = case_of(inject=inject, rows=2, L_cycles=1, shaken=True)
-    as_published(monkeypatch)
-    wrong = errors(case, whole_gradients(case, 2), 2)
-    assert min(wrong[name] for name in wrong if name.startswith(("to_text", "to_latent"))) > 1e-3
+    case = case_of(inject=inject, rows=2, L_cycles=1, perturbed=True)
+    use_published_recursion(monkeypatch)
+    relative = errors(case, total_gradients(case, 2), 2)
+    adapters = [name for name in relative if name.startswith(("to_text", "to_latent"))]
+    assert min(relative[name] for name in adapters) > 1e-3
 
 
-def test_a_halted_carry_would_be_overwritten(case_of: Cases) -> None:
-    """The other half of the trap: `act_step` on a fresh carry takes no notice of what is in it."""
+def test_act_step_ignores_the_states_of_a_halted_carry(case_of: Cases) -> None:
+    """Adapters therefore need `recurse`: `act_step` on an initial carry gives them no gradient."""
     case = case_of(H_cycles=1)
-    trm, batch = case.solver.trm, {"inputs": case.batch["inputs"]}
+    trm, batch = case.model.trm, {"inputs": case.batch["inputs"]}
     carry = trm.initial_carry(batch)
-    told = torch.ones_like(carry.z_H, requires_grad=True)
+    injected = torch.ones_like(carry.z_H, requires_grad=True)
     _, plain = trm.act_step(carry, batch, puzzle_rows=case.puzzle_rows)
-    _, out = trm.act_step(replace(carry, z_H=carry.z_H + told), batch, puzzle_rows=case.puzzle_rows)
+    carry = replace(carry, z_H=carry.z_H + injected)
+    _, out = trm.act_step(carry, batch, puzzle_rows=case.puzzle_rows)
     assert torch.equal(plain.logits, out.logits)
     out.logits.sum().backward()
-    assert told.grad is None or not told.grad.any()
+    assert injected.grad is None or not injected.grad.any()
 
 
 @pytest.mark.parametrize("llama", [{}, {"prefix": "problem"}, {"max_new_tokens": 3}])
-def test_recomputing_changes_nothing(case_of: Cases, llama: dict[str, Any]) -> None:
-    case = case_of(rows=2, shaken=True, llama=llama, act_steps=2)
-    losses = [whole_loss(case.solver, case.begin(), 2, recompute) for recompute in (True, False)]
+def test_recompute_gives_the_same_loss_and_gradients(case_of: Cases, llama: dict[str, Any]) -> None:
+    case = case_of(rows=2, perturbed=True, llama=llama, act_steps=2)
+    losses = [
+        total_loss(case.model, case.initial_state(), 2, recompute) for recompute in (True, False)
+    ]
     assert torch.equal(*losses)
-    assert_close(whole_gradients(case, 2, True), whole_gradients(case, 2, False), 1e-12)
+    assert_close(total_gradients(case, 2, True), total_gradients(case, 2, False), 1e-12)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("recompute", [True, False])
-def test_the_full_gradient_has_the_published_numbers(
+def test_full_gradient_gives_the_published_outputs(
     case_of: Cases, recompute: bool, dtype: str
 ) -> None:
-    case = case_of(shaken=True, inject="none", H_cycles=3, forward_dtype=dtype)
-    trm, states = case.solver.trm.float(), case.solver.trm.fresh_states(case.batch["inputs"])
-    found = [
-        trm.recurse(case.batch, *states, puzzle_rows=case.puzzle_rows, **how)
-        for how in ({}, {"full_gradient": True, "recompute": recompute})
+    case = case_of(perturbed=True, inject="none", H_cycles=3, forward_dtype=dtype)
+    trm, states = case.model.trm.float(), case.model.trm.fresh_states(case.batch["inputs"])
+    results = [
+        trm.recurse(case.batch, *states, puzzle_rows=case.puzzle_rows, **options)
+        for options in ({}, {"full_gradient": True, "recompute": recompute})
     ]
-    published, ours = ((z_H, z_L, o.logits, o.q_halt) for z_H, z_L, o in found)
+    published, ours = ((z_H, z_L, o.logits, o.q_halt) for z_H, z_L, o in results)
     assert all(map(torch.equal, published, ours))
 
 
 class Stops:
-    """Row r stops after attempt `after[r]`; says which attempt it was."""
+    """Feedback source: row r stops after attempt `after[r]`; the text names the attempt."""
 
     def __init__(self, *after: int) -> None:
         self.after = after
 
-    def __call__(self, number: int, seen: Sequence[AttemptResult]) -> list[Feedback]:
-        return [Feedback(text=f"Try {number}", stop=number >= self.after[s.row]) for s in seen]
+    def __call__(self, number: int, results: Sequence[AttemptResult]) -> list[Feedback]:
+        return [Feedback(text=f"Try {number}", stop=number >= self.after[r.row]) for r in results]
 
 
-def in_windows(case: Any, most: int, bptt: int | None, judge: Any, recompute: bool = True) -> Grads:
-    """As training does it: backward at every cut."""
+def in_windows(
+    case: Any, max_attempts: int, bptt: int | None, source: Any, recompute: bool = True
+) -> Grads:
+    """Return the gradients of training, which calls backward at every cut."""
+    options: dict[str, Any] = {"max_attempts": max_attempts, "history": 1, "bptt": bptt}
 
-    how: dict[str, Any] = {"most": most, "history": 1, "bptt": bptt, "recompute": recompute}
-
-    def run(rows: AttemptState) -> None:
+    def run(state: AttemptState) -> None:
         window = torch.zeros(())
-        for one in attempts(case.solver, rows, judge, **how):
-            window = window + loss_of(one.outputs, one.rows)
-            if one.cut:
+        for attempt in attempts(case.model, state, source, recompute=recompute, **options):
+            window = window + loss_of(attempt.outputs, attempt.state)
+            if attempt.cut:
                 window.backward()
                 window = torch.zeros(())
 
     return gradients(case, run)
 
 
-def by_hand(case: Any, row: int, most: int, bptt: int) -> Grads:
-    """One row alone, detached by hand, one backward at the end."""
+def by_hand(case: Any, row: int, max_attempts: int, bptt: int) -> Grads:
+    """Return the gradients of a single row: states detached by hand, one backward at the end."""
 
-    def run(rows: AttemptState) -> None:
+    def run(state: AttemptState) -> None:
         total = torch.zeros(())
-        for number in range(1, most + 1):
-            rows, outputs, _ = case.solver.attempt(rows)
-            total = total + loss_of(outputs, rows)
-            rows = replace(rows, histories=((f"Try {number}",),))
+        for number in range(1, max_attempts + 1):
+            state, outputs, _ = case.model.attempt(state)
+            total = total + loss_of(outputs, state)
+            state = replace(state, histories=((f"Try {number}",),))
             if number % bptt == 0:
-                rows = replace(rows, z_H=rows.z_H.detach(), z_L=rows.z_L.detach())
+                state = replace(state, z_H=state.z_H.detach(), z_L=state.z_L.detach())
         total.backward()
 
     return gradients(case, run, [row])
@@ -241,63 +254,63 @@ def by_hand(case: Any, row: int, most: int, bptt: int) -> Grads:
 
 @pytest.mark.parametrize("after", [(4, 4, 4), (1, 4, 3), (3, 1, 2)])
 @pytest.mark.parametrize("bptt", [1, 2, 3])
-def test_a_window_is_a_detach_every_so_many_attempts(
+def test_windows_match_detaching_every_bptt_attempts(
     case_of: Cases, bptt: int, after: tuple[int, ...]
 ) -> None:
-    """Also where rows leave in the middle of a window that others go on from."""
-    case = case_of(shaken=True)
-    alone = [by_hand(case, row, most, bptt) for row, most in enumerate(after)]
-    wanted = {name: sum(g[name] for g in alone) for name in alone[0]}
-    found = in_windows(case, 4, bptt, Stops(*after))
-    assert_close(found, wanted)
-    unbound = in_windows(case, 4, None, Stops(*after))
-    far = float((found["to_latent.positions"] - unbound["to_latent.positions"]).norm())
-    assert (far > 1e-6) == (max(after) > bptt), "a window that cuts nothing, or nothing is cut"
+    """Rows may stop in the middle of a window in which other rows continue."""
+    case = case_of(perturbed=True)
+    alone = [by_hand(case, row, last, bptt) for row, last in enumerate(after)]
+    expected = {name: sum(g[name] for g in alone) for name in alone[0]}
+    grads = in_windows(case, 4, bptt, Stops(*after))
+    assert_close(grads, expected)
+    uncut = in_windows(case, 4, None, Stops(*after))
+    distance = float((grads["to_latent.positions"] - uncut["to_latent.positions"]).norm())
+    assert (distance > 1e-6) == (max(after) > bptt), (
+        "gradients must differ only if attempts exceed the window"
+    )
 
 
 @pytest.mark.parametrize("after", [(4, 4, 4), (1, 4, 3)])
-def test_a_language_model_that_learns_goes_from_window_to_window(
+def test_trained_language_model_receives_gradient_in_every_window(
     case_of: Cases, after: tuple[int, ...]
 ) -> None:
-    case = case_of(shaken=True, llama={"frozen": False, **SHORT})
-    found = in_windows(case, 4, 2, Stops(*after))
-    learned = [name for name in found if name.startswith("llama.")]
-    assert len(learned) == 20 and all(found[name].any() for name in learned)
-    once = in_windows(case, 2, 2, Stops(*after))
-    assert any(not torch.equal(found[name], once[name]) for name in learned)
+    case = case_of(perturbed=True, llama={"frozen": False, **SHORT})
+    two_windows = in_windows(case, 4, 2, Stops(*after))
+    trained = [name for name in two_windows if name.startswith("llama.")]
+    assert len(trained) == 20 and all(two_windows[name].any() for name in trained)
+    one_window = in_windows(case, 2, 2, Stops(*after))
+    assert any(not torch.equal(two_windows[name], one_window[name]) for name in trained)
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-def test_memory_does_not_grow_with_attempts_beyond_a_window(
-    case_of: Cases, recompute: bool
-) -> None:
-    case = case_of(rows=2, shaken=True)
+def test_memory_is_bounded_by_the_window(case_of: Cases, recompute: bool) -> None:
+    case = case_of(rows=2, perturbed=True)
 
-    def peak(most: int, bptt: int | None) -> int:
-        held = Held()
-        with torch.autograd.graph.saved_tensors_hooks(held.pack, lambda kept: next(iter(kept))):
-            in_windows(case, most, bptt, Stops(99, 99), recompute)
-        assert held.now == 0, "something of the graph outlives the last backward"
-        return held.most
+    def peak(max_attempts: int, bptt: int | None) -> int:
+        saved = SavedBytes()
+        with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda box: next(iter(box))):
+            in_windows(case, max_attempts, bptt, Stops(99, 99), recompute)
+        assert saved.current == 0, "saved tensors outlive the last backward"
+        return saved.peak
 
-    two, four, eight = (peak(most, 2) for most in (2, 4, 8))
-    # The first attempt has no history and a text that is shorter by one line.
+    two, four, eight = (peak(count, 2) for count in (2, 4, 8))
+    # The first attempt has no history, hence a text that is shorter by one line.
     assert four <= 1.05 * two + 20_000 and eight <= four
-    assert peak(8, None) > 1.8 * peak(4, None), "the measure would not see it grow"
+    assert peak(8, None) > 1.8 * peak(4, None), "the measurement does not detect growth"
 
 
-class Held:
-    """Bytes that graphs hold for backward. A set, because it can be referred to weakly."""
+class SavedBytes:
+    """Count of bytes saved for backward; tensors are boxed in sets, which allow weak references."""
 
     def __init__(self) -> None:
-        self.now = self.most = 0
+        self.current = self.peak = 0
 
     def pack(self, tensor: Tensor) -> Any:
-        kept, size = {tensor}, tensor.numel() * tensor.element_size()
+        box, size = {tensor}, tensor.numel() * tensor.element_size()
         self.count(size)
-        weakref.finalize(kept, self.count, -size)
-        return kept
+        weakref.finalize(box, self.count, -size)
+        return box
 
     def count(self, size: int) -> None:
-        self.now += size
-        self.most = max(self.most, self.now)
+        self.current += size
+        self.peak = max(self.peak, self.current)

@@ -201,8 +201,8 @@ def test_micro_batches_add_up_to_the_undivided_step(root: Path, canvas: str, mic
             torch.testing.assert_close(found.grad, weight.grad, rtol=1e-5, atol=5e-8, msg=name)
             found.data.copy_(weight)  # AdamAtan2's sign-like steps amplify rounding
         assert torch.equal(other.trm.puzzle_table, one.trm.puzzle_table)
-        for name, value in one.carry.tensors().items():
-            torch.testing.assert_close(other.carry.tensors()[name], value, rtol=1e-9, atol=1e-9)
+        for name, value in one.carry.to_tensors().items():
+            torch.testing.assert_close(other.carry.to_tensors()[name], value, rtol=1e-9, atol=1e-9)
         assert torch.equal(one.halted, other.halted)
         halted |= set(one.halted.tolist())
     assert halted == {True, False}, "rows halted all together: nothing was tried"

@@ -20,7 +20,7 @@ from hybrid.config import Config
 from hybrid.context import LocalContext
 from hybrid.dataset import Dataset
 from hybrid.llm import Prompt, Reader
-from hybrid.solver import read_out
+from hybrid.solver import extract_grid
 from hybrid.train import Joint, Result, estimate, joint
 from hybrid.train.joint import latent_variance
 from hybrid.train.loop import train
@@ -205,7 +205,7 @@ def test_a_row_is_read_with_the_other_demonstrations_of_its_task_and_never_its_o
         for n, problem in enumerate(problems):
             inputs = batch["inputs"][n].numpy().astype(np.uint8)
             labels = batch["labels"][n].masked_fill(batch["labels"][n] == IGNORE, 0).numpy()
-            given, answer = (read_out(t.astype(np.uint8), inputs)[0] for t in (inputs, labels))
+            given, answer = (extract_grid(t.astype(np.uint8), inputs)[0] for t in (inputs, labels))
             variant = int(batch["puzzle_identifiers"][n]) - 1
             task = int(dataset.task_of[variant])
             view = dataset.augmentation(variant)

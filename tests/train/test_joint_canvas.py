@@ -123,11 +123,11 @@ def test_a_step_on_mixed_canvases_is_the_sum_of_its_rows_alone(
         window = torch.zeros(())
         for attempt in attempts(
             alone.solver,
-            alone.solver.begin(row, puzzle_rows, encoding),
+            alone.solver.initial_state(row, puzzle_rows, encoding),
             alone._judge(row),
-            most=3,
+            max_attempts=3,
             history=config.feedback.history,
-            least=[least[n]],
+            min_attempts=[least[n]],
             bptt=2,
         ):
             part, _ = act_loss(

@@ -97,7 +97,7 @@ def test_compiled_it_keeps_what_its_graph_saves(
     monkeypatch.setattr(torch, "compile", compiler)
     torch._dynamo.reset()
     trm = trm_of(dtype, **SIZES["narrow"])
-    trm.fuse()
+    trm.compile_recursion()
     check_cycle(trm, dtype, compiled=True)
     assert pretraining(trm_of(dtype, **SIZES["narrow"]), ROWS) > 1.1 * pretraining(trm, ROWS)
 

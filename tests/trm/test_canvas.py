@@ -55,15 +55,15 @@ def recurse(model: TRM, batch: dict[str, Tensor], **keys: Any) -> tuple[Tensor, 
 
 def test_rotary_angles_are_those_of_the_cells_on_the_full_canvas(tiny: Tiny) -> None:
     model = model_of(tiny, FULL)
-    whole = model._rotary_of(P + FULL**2, torch.device("cpu"))
-    few = model._rotary_of(P + SMALL**2, torch.device("cpu"))
+    whole = model._rotary_table(P + FULL**2, torch.device("cpu"))
+    few = model._rotary_table(P + SMALL**2, torch.device("cpu"))
     assert whole is not None and few is not None
     for table, part in zip(whole, few, strict=True):
         assert torch.equal(part, table[PLACES])
     for table, fresh in zip(whole, rotary_table(torch.arange(38), 4, 10000.0), strict=True):
         assert torch.equal(table, fresh)
     assert not torch.equal(few[0], whole[0][: len(PLACES)])
-    again = model._rotary_of(P + FULL**2, torch.device("cpu"))
+    again = model._rotary_table(P + FULL**2, torch.device("cpu"))
     assert again is not None and torch.equal(again[0], whole[0]), "one canvas took another's table"
 
 
@@ -71,16 +71,16 @@ def test_rotary_angles_are_those_of_the_cells_on_the_full_canvas(tiny: Tiny) -> 
 @pytest.mark.parametrize("prefix", [0, 2])
 def test_places_are_rows_and_columns_of_the_full_canvas(tiny: Tiny, side: int, prefix: int) -> None:
     model = model_of(tiny, FULL, puzzle_emb_ndim=8 if prefix else 0)
-    places = model.places(prefix + side**2)
+    places = model.position_indices(prefix + side**2)
     expected = [*range(prefix), *(prefix + FULL * r + c for r in range(side) for c in range(side))]
     assert places is not None and places.tolist() == expected
-    assert model.places(prefix + FULL**2) is None
+    assert model.position_indices(prefix + FULL**2) is None
 
 
 @pytest.mark.parametrize("positions", [P + 15, P + 49, P + 37])
 def test_what_is_no_square_of_the_canvas_is_refused(tiny: Tiny, positions: int) -> None:
     with pytest.raises(AssertionError):
-        model_of(tiny, FULL).places(positions)
+        model_of(tiny, FULL).position_indices(positions)
 
 
 def test_a_weight_for_every_cell_knows_no_smaller_canvas(tiny: Tiny) -> None:
@@ -188,17 +188,17 @@ def drawn_carry(tiny: Tiny, rows: int = 5) -> Carry:
     model = model_of(tiny, FULL)
     carry = model.initial_carry(rows_of(FULL, rows))
     draw = torch.Generator().manual_seed(1)
-    return Carry.of(
+    return Carry.from_tensors(
         {
             name: torch.randint(1, 9, value.shape, generator=draw).to(value.dtype)
-            for name, value in carry.tensors().items()
+            for name, value in carry.to_tensors().items()
         }
     )
 
 
 def test_some_slots_of_a_carry_are_cut_to_their_canvas(tiny: Tiny) -> None:
     carry = drawn_carry(tiny)
-    part = carry.take([3, 0], SMALL**2)
+    part = carry.select([3, 0], SMALL**2)
     assert part.z_H.shape == (2, P + SMALL**2, 8)
     assert torch.equal(part.z_H, carry.z_H[[3, 0], : P + SMALL**2])
     assert torch.equal(part.z_L, carry.z_L[[3, 0], : P + SMALL**2])
@@ -213,10 +213,10 @@ def test_some_slots_of_a_carry_are_cut_to_their_canvas(tiny: Tiny) -> None:
 def test_parts_are_put_back_where_they_were_and_beyond_them_is_nothing(tiny: Tiny) -> None:
     carry = drawn_carry(tiny)
     small, large = [4, 1, 2], [0, 3]
-    back = carry.put(
-        [(small, carry.take(small, SMALL**2)), (large, carry.take(large, FULL**2))]
-    ).tensors()
-    for name, value in carry.tensors().items():
+    back = carry.scatter(
+        [(small, carry.select(small, SMALL**2)), (large, carry.select(large, FULL**2))]
+    ).to_tensors()
+    for name, value in carry.to_tensors().items():
         expected = value.clone()
         if value.dim() > 1:
             kept = SMALL**2 + (P if name.startswith("z") else 0)
@@ -227,10 +227,10 @@ def test_parts_are_put_back_where_they_were_and_beyond_them_is_nothing(tiny: Tin
 def test_a_carry_of_one_small_canvas_keeps_its_width(tiny: Tiny) -> None:
     """What the next batch brings may be larger."""
     carry = drawn_carry(tiny)
-    back = carry.put([(slice(None), carry.take(slice(None), SMALL**2))])
+    back = carry.scatter([(slice(None), carry.select(slice(None), SMALL**2))])
     assert back.z_H.shape == carry.z_H.shape and not back.z_H[:, P + SMALL**2 :].any()
     assert torch.equal(back.z_H[:, : P + SMALL**2], carry.z_H[:, : P + SMALL**2])
-    whole = carry.put([(slice(None), carry)])
+    whole = carry.scatter([(slice(None), carry)])
     assert whole is carry
 
 
@@ -238,11 +238,11 @@ def test_a_carry_of_one_small_canvas_keeps_its_width(tiny: Tiny) -> None:
 def test_a_slot_may_change_its_canvas_with_its_row(tiny: Tiny, refilled: int) -> None:
     """What a slot held before is not in what its next row starts from."""
     model = scattered(model_of(tiny, FULL))
-    carry = drawn_carry(tiny, 3).put([])  # of the right widths
+    carry = drawn_carry(tiny, 3).scatter([])  # of the right widths
     before = drawn_carry(tiny, 3)
     halted = torch.ones(3, dtype=torch.bool)
-    dirty = Carry.of({**before.tensors(), "halted": halted}).take(slice(None), refilled**2)
-    clean = Carry.of({**carry.tensors(), "halted": halted}).take(slice(None), refilled**2)
+    dirty = Carry.from_tensors({**before.to_tensors(), "halted": halted}).select(slice(None), refilled**2)
+    clean = Carry.from_tensors({**carry.to_tensors(), "halted": halted}).select(slice(None), refilled**2)
     never = (torch.zeros(3), torch.zeros(3))
     said = [
         model.act_step(start, rows_of(refilled), exploration=never)[1].logits

@@ -23,10 +23,10 @@ CPU = torch.device("cpu")
 slow = pytest.mark.slow
 
 
-@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=slow)])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=slow)])
 @pytest.mark.parametrize(("name", "limit"), LIMITS.items())
-def test_act_steps_are_the_published_ones(name: str, limit: float, fused: bool) -> None:
-    worst = worst_differences(name, CPU, fused=fused)
+def test_act_steps_are_the_published_ones(name: str, limit: float, compiled: bool) -> None:
+    worst = worst_differences(name, CPU, compiled=compiled)
     assert len(worst) == 8
     assert max(worst.values()) <= limit, worst
 

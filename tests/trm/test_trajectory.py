@@ -9,9 +9,9 @@ from benchmarks.golden import TRAJECTORY_LIMIT, Trajectory, trajectory
 from hybrid.trm import upstream
 
 
-@pytest.fixture(scope="module", params=["plain", pytest.param("fused", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["plain", pytest.param("compiled", marks=pytest.mark.slow)])
 def run(request: pytest.FixtureRequest) -> Trajectory:
-    return trajectory(torch.device("cpu"), fused=request.param == "fused")
+    return trajectory(torch.device("cpu"), compiled=request.param == "compiled")
 
 
 @pytest.fixture
@@ -27,8 +27,8 @@ def test_loss_and_metrics(
     for name in names:
         ours, theirs = run.steps[name].double(), recorded[f"step.{name}"]
         # Compiled kernels round the halting loss, a third of the whole, to 2.6e-6.
-        fused = "fused" in request.node.name
-        limit = 4e-6 if fused and name == "metric.q_halt_loss" else 2e-6
+        compiled = "compiled" in request.node.name
+        limit = 4e-6 if compiled and name == "metric.q_halt_loss" else 2e-6
         torch.testing.assert_close(ours, theirs, rtol=limit, atol=1e-12, msg=name)
 
 

@@ -26,7 +26,7 @@ def test_no_size_of_batch_canvas_or_model_falls_back_to_eager(
     for width in (8, 16, 24):
         config = tiny(hidden_size=width, seq_len=16)
         model = TRM(config)
-        model.fuse()
+        model.compile_recursion()
         for rows, side in ((3, 4), (1, 4), (5, 4), (3, 3), (1, 3), (7, 2)):
             whole = batch_of(config, rows=rows)
             batch = {n: v[:, : side**2] if v.dim() > 1 else v for n, v in whole.items()}
