@@ -1,7 +1,7 @@
-"""From a trained hybrid to predictions: every view makes its attempts, the last of each votes.
+"""Predict with a trained hybrid: each variant makes its attempts and votes with the last one.
 
-Beside the vote after the last attempt stands the vote after each one, and the baseline: the same
-number of attempts, spent on more views with one attempt each.
+A prediction also holds the vote after every attempt, and a baseline: the same number of attempts
+spent on more variants with one attempt each.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +18,11 @@ from torch import Tensor
 from hybrid.arc import Augmentation, Grid, Pair, Task, grid_to_string, tokenize_grid
 from hybrid.checkpoint import Checkpoint
 from hybrid.config import Config, from_dict
-from hybrid.device import fuse
+from hybrid.device import compile_if_enabled
 from hybrid.errors import UserError
 from hybrid.evaluate.questions import Question
-from hybrid.evaluate.trm_predictor import Prediction, PuzzleTable, load_averaged, tally_votes
+from hybrid.evaluate.records import Prediction, PromptRecord, Spent, VoteRecord
+from hybrid.evaluate.trm_predictor import PuzzleTable, load_averaged, tally_votes
 from hybrid.llm import Prompt, Reader, open_reader
 from hybrid.solver import (
     Confidence,
@@ -37,7 +37,7 @@ from hybrid.solver import (
 from hybrid.trm import TRM, TRMConfig
 
 CURVE_CANDIDATES = 2
-"""Candidates kept of the vote after each attempt: what pass@2 needs."""
+"""Candidates kept of the vote after each attempt, enough for pass@2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,62 +51,72 @@ class AttemptRecord:
     feedback: str
     reasoning: str
     llm_tokens: int
-    """Tokens the language model took; in the first attempt with those of the problem."""
+    """Tokens the language model processed; the first attempt includes the prompt's."""
     stopped: bool
-    """By the feedback; the last attempt that is allowed ends a row as well."""
+    """True if feedback stopped the row (not if attempts ran out)."""
+
+
+Records = dict["QuestionRow", list[AttemptRecord]]
 
 
 @torch.no_grad()
 def run_attempts(
-    solver: HybridModel,
+    model: HybridModel,
     inputs: npt.NDArray[np.uint8],
     puzzle_rows: Tensor,
     prompts: Sequence[Prompt] | None,
-    judge: FeedbackSource,
+    feedback_source: FeedbackSource,
     *,
-    most: int,
+    max_attempts: int,
     history: int,
 ) -> list[list[AttemptRecord]]:
-    """Up to `most` attempts at token rows [n, L], per row; `prompts` of them if somebody reads."""
-    device = solver.trm.H_init.device
+    """Return up to `max_attempts` attempts for each of the token rows [n, L].
+
+    `prompts`: one per row; None without a language model.
+    """
+    device = model.trm.H_init.device
     batch = {"inputs": torch.from_numpy(inputs).int().to(device)}
-    encoding, costs = None, [0] * len(inputs)
-    if prompts and solver.to_latent is not None:
-        assert solver.reader is not None
-        encoding = solver.reader.prefill(prompts)
-        costs = solver.reader.caching_costs(prompts)
-    turns: list[list[AttemptRecord]] = [[] for _ in inputs]
-    begun = solver.begin(batch, puzzle_rows.to(device), encoding)
-    for attempt in attempts(solver, begun, judge, most=most, history=history):
+    cache, costs = None, [0] * len(inputs)
+    if prompts and model.to_latent is not None:
+        assert model.reader is not None
+        cache = model.reader.prefill(prompts)
+        costs = model.reader.caching_costs(prompts)
+    records: list[list[AttemptRecord]] = [[] for _ in inputs]
+    state = model.initial_state(batch, puzzle_rows.to(device), cache)
+    for attempt in attempts(
+        model, state, feedback_source, max_attempts=max_attempts, history=history
+    ):
         reading = attempt.reading
-        for n, (seen, feedback) in enumerate(zip(attempt.seen, attempt.feedbacks, strict=True)):
-            before = costs[seen.row] if attempt.number == 1 else 0
-            turns[seen.row].append(
+        for n, (result, feedback) in enumerate(
+            zip(attempt.results, attempt.feedbacks, strict=True)
+        ):
+            prompt_cost = costs[result.row] if attempt.number == 1 else 0
+            records[result.row].append(
                 AttemptRecord(
-                    tokens=seen.tokens,
-                    grid=seen.grid,
-                    confidence=seen.confidence,
+                    tokens=result.tokens,
+                    grid=result.grid,
+                    confidence=result.confidence,
                     feedback=feedback.text,
                     reasoning=reading.reasoning[n],
-                    llm_tokens=before + reading.llm_tokens[n],
+                    llm_tokens=prompt_cost + reading.llm_tokens[n],
                     stopped=feedback.stop,
                 )
             )
-    return turns
+    return records
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionRow:
-    """One row of a question."""
+    """One row of a question: a variant of a test input or of the held-out demonstration."""
 
-    view: int
-    """Number of the view, spare ones behind the others."""
+    variant: int
+    """Index into the question's variants, spare ones after the others."""
     test: int | None
-    """Number of the test input; None asks the held-out demonstration."""
+    """Index of the test input; None for the held-out demonstration."""
 
 
 class HybridPredictor:
-    """A trained hybrid: averaged weights in memory, puzzle table on disk, its language model."""
+    """A trained hybrid: EMA weights in memory, puzzle table on disk, and its language model."""
 
     def __init__(
         self,
@@ -115,7 +125,7 @@ class HybridPredictor:
         device: torch.device,
         reader: Reader | None = None,
     ) -> None:
-        """`reader`: the language model that it was trained with, where it is open already."""
+        """`reader`: the language model of the checkpoint, if it is loaded already."""
         self.config = config
         trained = from_dict(checkpoint.state["config"])
         adapter = trained.adapter
@@ -127,143 +137,141 @@ class HybridPredictor:
             reader = _reader(checkpoint, config, trained, device)
         trm = TRM(replace(TRMConfig(**checkpoint.state["trm"]), num_puzzle_identifiers=1))
         steps = trained.training.act_steps
-        self.solver = HybridModel(trm, reader, adapter, act_steps=steps, seed=0)
-        load_averaged(self.solver, checkpoint, only="" if reader else "trm.")
-        self.solver.to(device).eval()
-        fuse(trm, config.cluster.compiles)
+        self.model = HybridModel(trm, reader, adapter, act_steps=steps, seed=0)
+        load_averaged(self.model, checkpoint, only="" if reader else "trm.")
+        self.model.to(device).eval()
+        compile_if_enabled(trm, config.cluster.compiles)
         self.table = PuzzleTable(checkpoint)
-        self.most = config.evaluation.max_attempts or trained.training.max_attempts
+        self.max_attempts = config.evaluation.max_attempts or trained.training.max_attempts
 
-    def solve(self, question: Question) -> Prediction:
-        """See `Solver.solve`; also the curve over attempts, the attempts, and the baseline."""
+    def predict(self, question: Question) -> Prediction:
+        """Return votes, votes after each attempt, baseline and cost for all tests of a task."""
         started = time.perf_counter()
-        tests, views = range(len(question.task.test)), range(len(question.views))
+        tests, variants = range(len(question.task.test)), range(len(question.variants))
         held_out = self.config.feedback.source == "demos"
-        per_view = len(tests) + held_out
-        size = max(1, self.config.evaluation.batch_size // per_view)
+        rows_per_variant = len(tests) + held_out
+        size = max(1, self.config.evaluation.batch_size // rows_per_variant)
         if self.config.feedback.source == "vote":
-            size = len(views)  # they look at each other
-        turns: dict[QuestionRow, list[AttemptRecord]] = {}
-        for first in range(0, len(views), size):
-            asked = [
-                QuestionRow(view=view, test=test)
-                for view in views[first : first + size]
+            size = len(variants)  # the feedback compares all variants
+        records: Records = {}
+        for first in range(0, len(variants), size):
+            rows = [
+                QuestionRow(variant=variant, test=test)
+                for variant in variants[first : first + size]
                 for test in (*tests, *((None,) if held_out else ()))
             ]
-            turns |= self._run_attempts(question, asked, self._judge(question, asked), self.most)
+            source = self._feedback_source(question, rows)
+            records |= self._run_attempts(question, rows, source, self.max_attempts)
         prediction: Prediction = {
             "task": question.task.id,
             "oracle": question.answers is not None,
             "feedback": self.config.feedback.source,
-            "tests": [self._test(question, test, turns) for test in tests],
-            "prompt": self._prompt_report(question),
-            "spent": {**self._spent(turns), "seconds": time.perf_counter() - started},
+            "tests": [self._vote(question, test, records) for test in tests],
+            "prompt": self._prompt_record(question),
+            "spent": {**self._spent(records), "seconds": time.perf_counter() - started},
         }
-        if self.config.evaluation.baseline and self.most > 1:
-            self._baseline(question, turns, prediction)
+        if self.config.evaluation.baseline and self.max_attempts > 1:
+            self._add_baseline(question, records, prediction)
         return prediction
 
     def _run_attempts(
-        self, question: Question, asked: Sequence[QuestionRow], judge: FeedbackSource, most: int
-    ) -> dict[QuestionRow, list[AttemptRecord]]:
-        table = self.table.rows(question, len(question.views) + len(question.spare_views))
-        reader = self.solver.reader
-        played = run_attempts(
-            self.solver,
-            np.stack([tokenize_grid(_input(question, one), question.side) for one in asked]),
-            table[[one.view for one in asked]],
-            [reader.prompt(_problem(question, one)) for one in asked] if reader else None,
-            judge,
-            most=most,
-            history=self.config.feedback.history,
-        )
-        return dict(zip(asked, played, strict=True))
-
-    def _spent(self, turns: dict[QuestionRow, list[AttemptRecord]]) -> dict[str, int]:
-        made = [turn for row in turns.values() for turn in row]
-        return {
-            "rows": len(turns),
-            "attempts": len(made),
-            "act_steps": self.solver.act_steps * len(made),
-            "llm_tokens": sum(turn.llm_tokens for turn in made),
-        }
-
-    def _baseline(
         self,
         question: Question,
-        turns: dict[QuestionRow, list[AttemptRecord]],
-        prediction: Prediction,
-    ) -> None:
-        """As many attempts as were used, one a view, on as many views as there are.
+        rows: Sequence[QuestionRow],
+        feedback_source: FeedbackSource,
+        max_attempts: int,
+    ) -> Records:
+        table = self.table.rows(question, len(question.variants) + len(question.spare_variants))
+        reader = self.model.reader
+        records = run_attempts(
+            self.model,
+            np.stack([tokenize_grid(_input(question, row), question.side) for row in rows]),
+            table[[row.variant for row in rows]],
+            [reader.prompt(_problem(question, row)) for row in rows] if reader else None,
+            feedback_source,
+            max_attempts=max_attempts,
+            history=self.config.feedback.history,
+        )
+        return dict(zip(rows, records, strict=True))
 
-        Its first views are the ones that self-correction began with.
+    def _spent(self, records: Records) -> Spent:
+        made = [record for row in records.values() for record in row]
+        return {
+            "rows": len(records),
+            "attempts": len(made),
+            "act_steps": self.model.act_steps * len(made),
+            "llm_tokens": sum(record.llm_tokens for record in made),
+        }
+
+    def _add_baseline(self, question: Question, records: Records, prediction: Prediction) -> None:
+        """Spend the attempts of self-correction on as many variants, one attempt each.
+
+        The first variants reuse the first attempt of self-correction. Fewer vote if the dataset
+        has no more.
         """
         tests = range(len(question.task.test))
-        used = sum(map(len, turns.values()))
-        wanted = max(len(question.views), used // len(tests))
-        there = min(wanted, len(question.views) + len(question.spare_views))
-        alone = {one: made[:1] for one, made in turns.items() if one.test is not None}
+        used = sum(map(len, records.values()))
+        wanted = max(len(question.variants), used // len(tests))
+        available = min(wanted, len(question.variants) + len(question.spare_variants))
+        single = {row: made[:1] for row, made in records.items() if row.test is not None}
         size = max(1, self.config.evaluation.batch_size // len(tests))
-        for first in range(len(question.views), there, size):
-            views = range(first, min(first + size, there))
-            asked = [QuestionRow(view=view, test=test) for view in views for test in tests]
-            alone |= self._run_attempts(question, asked, NoFeedback(), 1)
-        for test, found in zip(tests, prediction["tests"], strict=True):
-            counted = _count(question, test, alone, 1)
-            found["baseline"] = {
-                "candidates": counted["candidates"][:CURVE_CANDIDATES],
-                "views": there,
+        for first in range(len(question.variants), available, size):
+            variants = range(first, min(first + size, available))
+            rows = [QuestionRow(variant=v, test=test) for v in variants for test in tests]
+            single |= self._run_attempts(question, rows, NoFeedback(), 1)
+        for test, vote in zip(tests, prediction["tests"], strict=True):
+            vote["baseline"] = {
+                "candidates": _tally(question, test, single, 1)["candidates"][:CURVE_CANDIDATES],
+                "views": available,
                 "wanted": wanted,
             }
-        prediction["baseline_spent"] = self._spent(alone)
+        prediction["baseline_spent"] = self._spent(single)
 
-    def _judge(self, question: Question, asked: Sequence[QuestionRow]) -> FeedbackSource:
+    def _feedback_source(self, question: Question, rows: Sequence[QuestionRow]) -> FeedbackSource:
         feedback = self.config.feedback
         if feedback.source == "confidence":
             return Confidence(feedback)
-        views = [question.views[one.view] for one in asked]
+        variants = [question.variants[row.variant] for row in rows]
         if feedback.source == "vote":
-            return Vote(feedback, [one.test or 0 for one in asked], views)
+            return Vote(feedback, [row.test or 0 for row in rows], variants)
         if feedback.source == "demos":
             assert question.held_out is not None and question.held_out.output is not None
-            places = {one.view: n for n, one in enumerate(asked) if one.test is None}
-            outputs = {n: views[n].apply(question.held_out.output) for n in places.values()}
-            return Demos(feedback, [places[one.view] for one in asked], outputs)
+            partners = {row.variant: n for n, row in enumerate(rows) if row.test is None}
+            outputs = {n: variants[n].apply(question.held_out.output) for n in partners.values()}
+            return Demos(feedback, [partners[row.variant] for row in rows], outputs)
         if feedback.source == "oracle":
             assert question.answers is not None
             answers = [
-                view.apply(question.answers[one.test or 0])
-                for view, one in zip(views, asked, strict=True)
+                variant.apply(question.answers[row.test or 0])
+                for variant, row in zip(variants, rows, strict=True)
             ]
             return Oracle(feedback, answers)
         return NoFeedback()
 
-    def _test(
-        self, question: Question, test: int, turns: dict[QuestionRow, list[AttemptRecord]]
-    ) -> dict[str, Any]:
-        curve = [_count(question, test, turns, number) for number in range(1, self.most + 1)]
-        view = question.views[0]
+    def _vote(self, question: Question, test: int, records: Records) -> VoteRecord:
+        curve = [_tally(question, test, records, n) for n in range(1, self.max_attempts + 1)]
+        original = question.variants[0]
         return {
             **curve[-1],
-            "curve": [c["candidates"][:CURVE_CANDIDATES] for c in curve],
+            "curve": [vote["candidates"][:CURVE_CANDIDATES] for vote in curve],
             "attempts": [
                 {
-                    "grid": grid_to_string(view.invert(turn.grid)).splitlines(),
-                    "confidence": turn.confidence,
-                    "feedback": turn.feedback,
-                    "reasoning": turn.reasoning,
-                    "stopped": turn.stopped,
+                    "grid": grid_to_string(original.invert(record.grid)).splitlines(),
+                    "confidence": record.confidence,
+                    "feedback": record.feedback,
+                    "reasoning": record.reasoning,
+                    "stopped": record.stopped,
                 }
-                for turn in turns[QuestionRow(view=0, test=test)]
+                for record in records[QuestionRow(variant=0, test=test)]
             ],
         }
 
-    def _prompt_report(self, question: Question) -> dict[str, int] | None:
-        """How much of the problem the language model was shown, in the original view."""
-        if not self.solver.reader:
+    def _prompt_record(self, question: Question) -> PromptRecord | None:
+        """Return the demonstrations that fit into the prompts of the original variant."""
+        if not self.model.reader:
             return None
         prompts = [
-            self.solver.reader.prompt(_problem(question, QuestionRow(view=0, test=test)))
+            self.model.reader.prompt(_problem(question, QuestionRow(variant=0, test=test)))
             for test in range(len(question.task.test))
         ]
         return {
@@ -276,70 +284,68 @@ class HybridPredictor:
 def _reader(
     checkpoint: Checkpoint, config: Config, trained: Config, device: torch.device
 ) -> Reader:
-    """The language model that the hybrid was trained with, wherever it lies on this machine."""
-    here = config.llama
+    """Open the checkpoint's language model; raise UserError if llama.model is another one."""
+    given = config.llama
     try:
         llama = replace(
             trained.llama,
-            model=here.model,
-            revision=here.revision,
-            dtype=here.dtype,
-            batch_size=here.batch_size,
-            max_new_tokens=here.max_new_tokens,
-            prompt_cache=here.prompt_cache,
+            model=given.model,
+            revision=given.revision,
+            dtype=given.dtype,
+            batch_size=given.batch_size,
+            max_new_tokens=given.max_new_tokens,
+            prompt_cache=given.prompt_cache,
         )
     except ValueError as error:
-        raise UserError(f"llama.{error}, as {checkpoint.folder} was trained") from None
+        raise UserError(f"llama.{error} (with the settings of {checkpoint.folder})") from None
     reader = open_reader(
         llama, device, models=config.models_folder, prompt_cache=config.prompt_cache_folder
     )
-    known = checkpoint.state["llama"]
+    recorded = checkpoint.state["llama"]
     if trained.llama.frozen:
-        same = known["fingerprint"] == reader.backbone.fingerprint()
-    else:  # its weights are in the checkpoint, and need a place
+        same = recorded["fingerprint"] == reader.backbone.fingerprint()
+    else:  # the weights come from the checkpoint, so only their shapes must match
         decoder = reader.backbone.model.model.named_parameters(prefix="llama")
-        kept = checkpoint.tensors("ema")
-        shapes = {name: value.shape for name, value in kept.items() if name.startswith("llama.")}
+        ema = checkpoint.tensors("ema")
+        shapes = {name: value.shape for name, value in ema.items() if name.startswith("llama.")}
         same = shapes == {name: value.shape for name, value in decoder}
     if not same:
         raise UserError(
-            f"llama.model: {here.model} is not the model that {checkpoint.folder} was trained with"
-            f" ({known['model']}, revision {known['revision']})"
+            f"llama.model: {given.model} is not the model that {checkpoint.folder} was trained with"
+            f" ({recorded['model']}, revision {recorded['revision']})"
         )
     return reader
 
 
-def _input(question: Question, one: QuestionRow) -> Grid:
-    """The input grid of a row, in its view."""
-    pair = question.held_out if one.test is None else question.task.test[one.test]
+def _input(question: Question, row: QuestionRow) -> Grid:
+    """Return the input grid of a row, augmented."""
+    pair = question.held_out if row.test is None else question.task.test[row.test]
     assert pair is not None
-    return _view(question, one).apply(pair.input)
+    return _augmentation(question, row).apply(pair.input)
 
 
-def _problem(question: Question, one: QuestionRow) -> Task:
-    """What the language model is shown of a row; in the ablation another task's problem."""
-    shown, view = question.task, _view(question, one)
-    asked = question.held_out if one.test is None else shown.test[one.test]
-    assert asked is not None
+def _problem(question: Question, row: QuestionRow) -> Task:
+    """Return the problem the language model reads for a row; another task's if shuffled."""
+    task = question.task
+    pair = question.held_out if row.test is None else task.test[row.test]
+    assert pair is not None
     if question.read_instead is not None:
-        shown = question.read_instead
-        asked = shown.test[0]
-    problem = Task(id=shown.id, train=shown.train, test=(Pair(input=asked.input, output=None),))
-    return replace(view, task=shown.id).apply_task(problem)
+        task = question.read_instead
+        pair = task.test[0]
+    problem = Task(id=task.id, train=task.train, test=(Pair(input=pair.input, output=None),))
+    return replace(_augmentation(question, row), task=task.id).apply_task(problem)
 
 
-def _view(question: Question, one: QuestionRow) -> Augmentation:
-    return (question.views + question.spare_views)[one.view]
+def _augmentation(question: Question, row: QuestionRow) -> Augmentation:
+    return (question.variants + question.spare_variants)[row.variant]
 
 
-def _count(
-    question: Question, test: int, turns: dict[QuestionRow, list[AttemptRecord]], number: int
-) -> dict[str, Any]:
-    """The vote on a test after attempt `number`; rows that had stopped vote with their last."""
+def _tally(question: Question, test: int, records: Records, number: int) -> VoteRecord:
+    """Return the vote on a test after attempt `number`; stopped rows vote with their last one."""
     grids, confidences = [], []
-    for one, made in turns.items():
-        if one.test == test:
-            turn = made[min(number, len(made)) - 1]
-            grids.append(_view(question, one).invert(turn.grid))
-            confidences.append(turn.confidence)
+    for row, made in records.items():
+        if row.test == test:
+            record = made[min(number, len(made)) - 1]
+            grids.append(_augmentation(question, row).invert(record.grid))
+            confidences.append(record.confidence)
     return tally_votes(grids, confidences)

@@ -1,4 +1,4 @@
-"""The questions of an evaluation: everything a predictor is told about a task, and no answer."""
+"""The questions of an evaluation: the inputs of a predictor for each task, without answers."""
 
 from __future__ import annotations
 
@@ -14,24 +14,22 @@ from hybrid.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """All that a solver is told about a task: there is no answer in it to read.
-
-    Unless `oracle` is what was asked for: then, and only then, `answers` holds them.
-    """
+    """The inputs of a predictor for one task; `answers` is set for feedback.source=oracle only."""
 
     task: Task
-    """Its demonstrations are those that may be shown."""
+    """The task without test outputs and without held-out demonstrations."""
     side: int
-    """Of the canvas it is asked on."""
-    views: tuple[Augmentation, ...]
+    """Side of the canvas."""
+    variants: tuple[Augmentation, ...]
+    """The augmentations that vote, the original first."""
     identifiers: range
-    """Puzzle identifiers of the views and the spares; empty: use the blank one."""
-    spare_views: tuple[Augmentation, ...] = ()
-    """Further views, on which the voting baseline spends what self-correction cost."""
+    """Puzzle identifiers of `variants`, then `spare_variants`; empty: use the blank one."""
+    spare_variants: tuple[Augmentation, ...] = ()
+    """Further augmentations for the voting baseline."""
     held_out: Pair | None = None
-    """A demonstration that was kept out of training and is not in `task`."""
+    """A demonstration held out of training and of `task` (feedback.source=demos)."""
     read_instead: Task | None = None
-    """Another task, whose text is read in place of this one's."""
+    """The task whose text the language model reads instead (evaluation.text=shuffled)."""
     answers: tuple[Grid, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -39,39 +37,44 @@ class Question:
 
 
 def select_questions(config: Config, checkpoint: Checkpoint, dataset: Dataset) -> list[Question]:
-    """The questions of an evaluation; UserError if the feedback it wants is not to be had."""
+    """Return the questions of an evaluation, in task order.
+
+    Raises UserError if the dataset or the checkpoint does not allow the configured feedback.
+    """
     hybrid = checkpoint.state["kind"] == "hybrid"
-    asked = dataset.evaluated[: config.evaluation.limit]
-    same = checkpoint.state["dataset"]["fingerprint"] == dataset.fingerprint
-    known = same and config.evaluation.puzzle_ids == "trained"
+    evaluated = dataset.evaluated[: config.evaluation.limit]
+    same_dataset = checkpoint.state["dataset"]["fingerprint"] == dataset.fingerprint
+    has_identifiers = same_dataset and config.evaluation.puzzle_ids == "trained"
     source = config.feedback.source if hybrid else "none"
     if source == "demos":
-        _check_held_out(dataset, asked, checkpoint.trained_on)
-    # All that could be asked: what is read instead must not depend on evaluation.limit.
-    shown = [replace(dataset.tasks[t], train=dataset.demonstrations(t)) for t in dataset.evaluated]
+        _check_held_out(dataset, evaluated, checkpoint.trained_on)
+    # All evaluation tasks: the shuffled text of a task must not depend on evaluation.limit.
+    tasks = [replace(dataset.tasks[t], train=dataset.demonstrations(t)) for t in dataset.evaluated]
     shuffled = hybrid and config.evaluation.text == "shuffled"
-    if shuffled and len(shown) < 2:
-        raise UserError("evaluation.text=shuffled: there is no other task to read")
+    if shuffled and len(tasks) < 2:
+        raise UserError("evaluation.text=shuffled: needs at least two evaluation tasks")
     answers = Dataset.open(config.data_folder, answers=True) if source == "oracle" else None
     questions = []
-    for n, task in enumerate(asked):
+    for n, task in enumerate(evaluated):
         first, stop = (int(v) for v in dataset.first_variant[task : task + 2])
         voting = min(config.evaluation.variants or stop - first, stop - first)
         if source == "vote" and voting < 2:
-            raise UserError(f"feedback.source=vote: {shown[n].id} has one view, nobody to compare")
+            raise UserError(
+                f"feedback.source=vote: {tasks[n].id} has one variant; evaluate at least two"
+            )
         if not hybrid:
             stop = first + voting
-        views = [dataset.augmentation(variant) for variant in range(first, stop)]
+        variants = [dataset.augmentation(variant) for variant in range(first, stop)]
         questions.append(
             Question(
-                task=shown[n],
+                task=tasks[n],
                 side=int(dataset.sides[task]),
-                views=tuple(views[:voting]),
-                spare_views=tuple(views[voting:]),
-                identifiers=range(first + 1, stop + 1) if known else range(0),
+                variants=tuple(variants[:voting]),
+                spare_variants=tuple(variants[voting:]),
+                identifiers=range(first + 1, stop + 1) if has_identifiers else range(0),
                 held_out=dataset.held_out(task)[0] if source == "demos" else None,
-                # Neighbours by id may be of a kind; half the list away is another task anyway.
-                read_instead=shown[n - (len(shown) + 1) // 2] if shuffled else None,
+                # Adjacent ids may be related tasks, so take the one half the list away.
+                read_instead=tasks[n - (len(tasks) + 1) // 2] if shuffled else None,
                 answers=_answers(answers.tasks[task]) if answers else None,
             )
         )
@@ -79,27 +82,27 @@ def select_questions(config: Config, checkpoint: Checkpoint, dataset: Dataset) -
 
 
 def _answers(task: Task) -> tuple[Grid, ...]:
-    found = tuple(pair.output for pair in task.test if pair.output is not None)
-    if len(found) < len(task.test):
+    outputs = tuple(pair.output for pair in task.test if pair.output is not None)
+    if len(outputs) < len(task.test):
         raise UserError(f"feedback.source=oracle: the answers of {task.id} are not known")
-    return found
+    return outputs
 
 
-def _check_held_out(dataset: Dataset, asked: Sequence[int], trained_on: Sequence[str]) -> None:
-    """A demonstration that the model was trained on proves nothing: it is known by heart."""
+def _check_held_out(dataset: Dataset, evaluated: Sequence[int], trained_on: Sequence[str]) -> None:
+    """Raise UserError if no demonstration was held out or the model was trained on one."""
     if not dataset.meta["config"]["hold_out_demos"]:
         raise UserError(
             "feedback.source=demos: no demonstration was held out; prepare and train with"
             " data.hold_out_demos=1"
         )
-    seen = set(trained_on)
-    void = [
+    hashes = set(trained_on)
+    leaked = [
         dataset.tasks[task].id
-        for task in asked
-        if any(pair_hash(pair) in seen for pair in dataset.held_out(task))
+        for task in evaluated
+        if any(pair_hash(pair) in hashes for pair in dataset.held_out(task))
     ]
-    if void:
+    if leaked:
         raise UserError(
             f"feedback.source=demos: the model was trained on the held-out demonstrations of"
-            f" {len(void)} tasks ({', '.join(void[:5])}{', ...' if len(void) > 5 else ''})"
+            f" {len(leaked)} tasks ({', '.join(leaked[:5])}{', ...' if len(leaked) > 5 else ''})"
         )

@@ -1,21 +1,38 @@
-"""From answers to scores. Here, and only here, predictions meet the true outputs."""
+"""Score predictions: the only module that compares predictions with the true test outputs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from hybrid import storage
-from hybrid.arc import Grid, Rate, Scores, Task, grid_hash, pair_hash, score, string_to_grid
+from hybrid.arc import Grid, Pair, Rate, Scores, Task, grid_hash, pair_hash, score, string_to_grid
 from hybrid.checkpoint import Checkpoint
 from hybrid.config import Config
 from hybrid.dataset import Dataset
-from hybrid.evaluate.trm_predictor import Prediction
+from hybrid.evaluate.records import (
+    BaselineResult,
+    CandidateRecord,
+    CurvePoint,
+    HybridProtocol,
+    OutputResult,
+    PassScores,
+    Prediction,
+    Protocol,
+    QuestionsKey,
+    RateRecord,
+    Results,
+    ScoreRecord,
+    Spent,
+    TaskResult,
+    VoteRecord,
+)
 
 COVERAGE = (1, 2, 5, 10, 100, 1000)
+Ranked = Mapping[str, Sequence[Sequence[Grid]]]
+"""Candidate grids, best first, per test input of a task."""
 
 
 def score_predictions(
@@ -23,95 +40,96 @@ def score_predictions(
     dataset: Dataset,
     checkpoint: Checkpoint,
     tasks: Sequence[Task],
-    answered: Mapping[str, Prediction],
-) -> dict[str, Any]:
-    """results.json. It depends on what was asked and answered, not on the order answers came in."""
-    ranked = {
-        task.id: [_grids(test["candidates"]) for test in answered[task.id]["tests"]]
-        for task in tasks
-        if task.id in answered
-    }
+    predictions: Mapping[str, Prediction],
+) -> Results:
+    """Return the content of results.json, independent of the order predictions arrived in.
+
+    `tasks`: the evaluated tasks with their test outputs; one without a prediction counts as wrong.
+    """
+    ranked = _ranked(tasks, predictions, lambda test: test["candidates"])
     hybrid = checkpoint.state["kind"] == "hybrid"
-    known = all(pair.output is not None for task in tasks for pair in task.test)
-    missing = [task.id for task in tasks if task.id not in answered]
-    notes = [f"no answer came back for {', '.join(missing)}: counted as wrong"] if missing else []
-    results: dict[str, Any] = {
+    scorable = all(pair.output is not None for task in tasks for pair in task.test)
+    missing = [task.id for task in tasks if task.id not in predictions]
+    notes = [f"no prediction for {', '.join(missing)}: counted as wrong"] if missing else []
+    if not scorable:
+        notes.append("the answers are not known: nothing is scored")
+    results: Results = {
         "title": f"{config.logging.run}, {checkpoint.name}",
         "oracle": hybrid and config.feedback.source == "oracle",
         "feedback": config.feedback.source if hybrid else None,
-        "protocol": protocol(config, dataset, checkpoint, tasks, answered),
-        "spent": _spent(answered, "spent"),
-        "notes": notes if known else [*notes, "the answers are not known: nothing is scored"],
+        "protocol": protocol(config, dataset, checkpoint, tasks, predictions),
+        "spent": _total([prediction["spent"] for prediction in predictions.values()]),
+        "notes": notes,
         "tasks": [_task_result(task, ranked.get(task.id, [])) for task in tasks],
     }
-    if known:
-        results["scores"] = {f"pass@{k}": _plain(score(tasks, ranked, k)) for k in (1, 2)}
+    if scorable:
+        results["scores"] = _pass_scores(tasks, ranked)
         results["coverage"] = {str(k): _rate(score(tasks, ranked, k).outputs) for k in COVERAGE}
         if hybrid:
-            results |= _self_correction(tasks, answered)
+            _add_self_correction(results, tasks, predictions)
     return results
 
 
-def _self_correction(tasks: Sequence[Task], answered: Mapping[str, Prediction]) -> dict[str, Any]:
-    """The score after each attempt, and that of the same number of attempts spent on voting."""
-    most = max((len(test["curve"]) for p in answered.values() for test in p["tests"]), default=0)
+def _add_self_correction(
+    results: Results, tasks: Sequence[Task], predictions: Mapping[str, Prediction]
+) -> None:
+    """Add the score after each attempt, and the score of as many attempts spent on voting."""
+    tests = [test for prediction in predictions.values() for test in prediction["tests"]]
 
-    def scores(candidates: Callable[[Mapping[str, Any]], Sequence[Any]]) -> dict[str, Any]:
-        ranked = {
-            task.id: [_grids(candidates(test)) for test in answered[task.id]["tests"]]
-            for task in tasks
-            if task.id in answered
+    def scores(candidates: Callable[[VoteRecord], Sequence[CandidateRecord]]) -> PassScores:
+        return _pass_scores(tasks, _ranked(tasks, predictions, candidates))
+
+    max_attempts = max((len(test["curve"]) for test in tests), default=0)
+    curve: list[CurvePoint] = [
+        {
+            "attempt": index + 1,
+            "trying": sum(len(test["attempts"]) > index for test in tests),
+            **scores(partial(_after_attempt, index)),
         }
-        return {f"pass@{k}": _plain(score(tasks, ranked, k)) for k in (1, 2)}
-
-    found: dict[str, Any] = {
-        "curve": [
-            {
-                "attempt": number + 1,
-                "trying": _trying(answered, number),
-                **scores(partial(_after, number)),
-            }
-            for number in range(most)
-        ]
-    }
-    if most > 1 and all("baseline" in test for p in answered.values() for test in p["tests"]):
-        views = [test["baseline"] for p in answered.values() for test in p["tests"]]
-        found["baseline"] = {
+        for index in range(max_attempts)
+    ]
+    results["curve"] = curve
+    if max_attempts > 1 and all("baseline" in test for test in tests):
+        baseline: BaselineResult = {
             **scores(lambda test: test["baseline"]["candidates"]),
-            "views": sum(view["views"] for view in views),
-            "wanted": sum(view["wanted"] for view in views),
-            "spent": _spent(answered, "baseline_spent"),
+            "views": sum(test["baseline"]["views"] for test in tests),
+            "wanted": sum(test["baseline"]["wanted"] for test in tests),
+            "spent": _total([prediction["baseline_spent"] for prediction in predictions.values()]),
         }
-    return found
+        results["baseline"] = baseline
 
 
-def _after(number: int, test: Mapping[str, Any]) -> Sequence[Any]:
-    """Candidates on a test after attempt `number` + 1."""
-    curve: Sequence[Sequence[Any]] = test["curve"]
-    return curve[min(number, len(curve) - 1)]
+def _after_attempt(index: int, test: VoteRecord) -> Sequence[CandidateRecord]:
+    return test["curve"][min(index, len(test["curve"]) - 1)]
 
 
-def _trying(answered: Mapping[str, Prediction], number: int) -> int:
-    """Tests whose original view made attempt `number` + 1."""
-    tests = [test for prediction in answered.values() for test in prediction["tests"]]
-    return sum(len(test["attempts"]) > number for test in tests)
+def _ranked(
+    tasks: Sequence[Task],
+    predictions: Mapping[str, Prediction],
+    candidates: Callable[[VoteRecord], Sequence[CandidateRecord]],
+) -> Ranked:
+    return {
+        task.id: [_grids(candidates(test)) for test in predictions[task.id]["tests"]]
+        for task in tasks
+        if task.id in predictions
+    }
 
 
-def _spent(answered: Mapping[str, Prediction], key: str) -> dict[str, float]:
-    total: dict[str, float] = {}
-    for prediction in answered.values():
-        for name, value in prediction[key].items():
+def _total(costs: Sequence[Spent]) -> Spent:
+    total: Spent = {}
+    for cost in costs:
+        for name, value in cost.items():
             total[name] = total.get(name, 0) + value
     return total
 
 
-def questions_key(dataset: Dataset, tasks: Sequence[Task]) -> dict[str, Any]:
-    """Two evaluations with the same of these asked the same questions."""
-    counts = dataset.meta["evaluation"]
-    asked = f"{len(tasks)} of {counts['of']} tasks"
-    whole = len(tasks) == counts["of"]
+def questions_key(dataset: Dataset, tasks: Sequence[Task]) -> QuestionsKey:
+    """Return the protocol entries that are equal for evaluations of the same questions."""
+    available = dataset.meta["evaluation"]["of"]
+    counts = f"{len(tasks)} of {available} tasks"
+    subset = f"a subset: {counts} (canvas of side {dataset.canvas})"
     return {
-        "evaluated": asked if whole else f"a subset: {asked} (canvas of side {dataset.canvas})",
+        "evaluated": counts if len(tasks) == available else subset,
         "test outputs evaluated": sum(len(task.test) for task in tasks),
         "dataset fingerprint": dataset.fingerprint[:16],
     }
@@ -122,19 +140,22 @@ def protocol(
     dataset: Dataset,
     checkpoint: Checkpoint,
     tasks: Sequence[Task],
-    answered: Mapping[str, Prediction],
-) -> dict[str, Any]:
-    """What a reader must know to compare the number with another one."""
+    predictions: Mapping[str, Prediction],
+) -> Protocol:
+    """Return the settings a reader needs to compare the scores with other results."""
     key = questions_key(dataset, tasks)
-    halts = {
+    halting = {
         "published": f"all {checkpoint.state['trm']['halt_max_steps']} ACT steps",
         "fixed": f"{config.evaluation.act_steps} ACT steps",
-        "confident": "until the halt head says so",
-    }
-    same = checkpoint.state["dataset"]["fingerprint"] == dataset.fingerprint
-    voting = [test["variants"] for p in answered.values() for test in p["tests"]] or [0]
-    fewest, views = min(voting), max(voting)
-    hybrid = checkpoint.state["kind"] == "hybrid"
+        "confident": "when the halt head's logit is positive",
+    }[config.evaluation.halt]
+    hybrid_protocol: HybridProtocol = {}
+    if checkpoint.state["kind"] == "hybrid":
+        hybrid_protocol = _hybrid_protocol(config, checkpoint, predictions)
+        halting = f"{checkpoint.state['config']['training']['act_steps']} ACT steps per attempt"
+    same_dataset = checkpoint.state["dataset"]["fingerprint"] == dataset.fingerprint
+    counts = [test["variants"] for p in predictions.values() for test in p["tests"]] or [0]
+    fewest, voting = min(counts), max(counts)
     return {
         "sources": ", ".join(
             f"{name} ({dataset.meta['sources'][name]})"
@@ -143,14 +164,14 @@ def protocol(
         "evaluated": key["evaluated"],
         "test outputs evaluated": key["test outputs evaluated"],
         "training data": contamination_statement(tasks, checkpoint.trained_on),
-        "puzzle ids": _puzzle_ids(config, same),
-        "attempts scored": "2 a test output",
-        "views voting": views if fewest == views else f"{fewest} to {views}",
-        "vote": "count, then mean halt probability; grids that are empty do not vote",
+        "puzzle ids": _puzzle_ids(config, same_dataset),
+        "attempts scored": "2 per test output",
+        "variants voting": voting if fewest == voting else f"{fewest} to {voting}",
+        "vote": "by count, then mean halt probability; empty grids do not vote",
         "canvas": _canvas(dataset, len(tasks)),
-        "halting": halts[config.evaluation.halt],
-        **(_hybrid_protocol(config, checkpoint, answered) if hybrid else {}),
-        "weights": "moving average",
+        "halting": halting,
+        **hybrid_protocol,
+        "weights": "exponential moving average",
         "computed on": "a GPU" if config.cluster.use_gpu else "CPUs",
         "checkpoint": storage.uri(checkpoint.folder),
         "checkpoint digest": checkpoint.digest[:16],
@@ -158,67 +179,71 @@ def protocol(
     }
 
 
-def _canvas(dataset: Dataset, asked: int) -> str:
-    sides = sorted({int(dataset.sides[task]) for task in dataset.evaluated[:asked]})
+def _canvas(dataset: Dataset, n_tasks: int) -> str:
+    sides = sorted({int(dataset.sides[task]) for task in dataset.evaluated[:n_tasks]})
     if not dataset.bucketed:
         return f"{dataset.canvas} x {dataset.canvas}"
-    return f"the smallest of sides {', '.join(map(str, sides))} that holds what is shown"
+    return f"the smallest of sides {', '.join(map(str, sides))} that fits a task's given grids"
 
 
-def _puzzle_ids(config: Config, same: bool) -> str:
+def _puzzle_ids(config: Config, same_dataset: bool) -> str:
     if config.evaluation.puzzle_ids == "blank":
         return "blank: evaluation.puzzle_ids"
-    return "as trained" if same else "blank: the dataset is not the trained one"
+    return "as trained" if same_dataset else "blank: the dataset differs from the training dataset"
 
 
 def _hybrid_protocol(
-    config: Config, checkpoint: Checkpoint, answered: Mapping[str, Prediction]
-) -> dict[str, Any]:
+    config: Config, checkpoint: Checkpoint, predictions: Mapping[str, Prediction]
+) -> HybridProtocol:
     trained, llama = checkpoint.state["config"], checkpoint.state["llama"]
-    most = config.evaluation.max_attempts or trained["training"]["max_attempts"]
+    max_attempts = config.evaluation.max_attempts or trained["training"]["max_attempts"]
     source = config.feedback.source
-    alone = config.adapter.inject == "none" or llama is None
-    prompts = [p["prompt"] for p in answered.values() if p.get("prompt")]
+    trm_only = config.adapter.inject == "none" or llama is None
+    prompts = [prompt for p in predictions.values() if (prompt := p.get("prompt"))]
     cut = sum(prompt["shown"] < prompt["demonstrations"] for prompt in prompts)
-    reads = "nothing: the TRM is alone"
-    if not alone:
-        reads = f"{llama['model']}, {'frozen' if trained['llama']['frozen'] else 'fine-tuned'}"
+    model = "none: the TRM alone"
+    if not trm_only:
+        model = f"{llama['model']}, {'frozen' if trained['llama']['frozen'] else 'fine-tuned'}"
+    stopping = "without early stopping" if source == "none" else f"stopped by {source}"
     return {
-        "halting": f"{trained['training']['act_steps']} ACT steps an attempt",
-        "attempts": f"up to {most}, stopped by {'nothing' if source == 'none' else source}",
+        "attempts": f"up to {max_attempts}, {stopping}",
         "feedback": source if source != "oracle" else "oracle: THE ANSWERS WERE LOOKED AT",
         "trained with feedback": trained["feedback"]["source"],
-        "language model": reads,
-        "text": config.evaluation.text if not alone else "none",
+        "language model": model,
+        "text": "none" if trm_only else config.evaluation.text,
         "prompts": f"{cut} of {len(prompts)} tasks had demonstrations left out to fit",
-        "latent into": trained["adapter"]["inject"] if not alone else "none",
+        "latent into": "none" if trm_only else trained["adapter"]["inject"],
     }
 
 
 def contamination_statement(tasks: Sequence[Task], trained_on: Sequence[str]) -> str:
-    """Whether the model has seen the tasks' demonstrations, or worse, their tests."""
+    """Return whether the model was trained on the tasks' demonstrations or on their tests."""
     pairs = set(trained_on)
     inputs = {pair.split("|")[0] for pair in pairs}
 
-    def seen(pair: Any) -> bool:
+    def in_training(pair: Pair) -> bool:
         return grid_hash(pair.input) in inputs if pair.output is None else pair_hash(pair) in pairs
 
-    leaked = [task.id for task in tasks if any(seen(pair) for pair in task.test)]
+    leaked = [task.id for task in tasks if any(in_training(pair) for pair in task.test)]
     if leaked:
-        named = ", ".join(leaked[:5]) + (", ..." if len(leaked) > 5 else "")
-        return f"CONTAMINATED: {len(leaked)} tasks have a test among the training pairs ({named})"
-    demonstrations = sum(any(seen(pair) for pair in task.train) for task in tasks)
-    if demonstrations == 0:
+        ids = ", ".join(leaked[:5]) + (", ..." if len(leaked) > 5 else "")
+        return f"CONTAMINATED: {len(leaked)} tasks have a test among the training pairs ({ids})"
+    shared = sum(any(in_training(pair) for pair in task.train) for task in tasks)
+    if shared == 0:
         return "inductive: no pair of these tasks was trained on"
-    return f"transductive: demonstrations of {demonstrations} of {len(tasks)} tasks were trained on"
+    return f"transductive: demonstrations of {shared} of {len(tasks)} tasks were trained on"
 
 
-def describe(results: Mapping[str, Any]) -> str:
-    """The scores as lines for a terminal, each with numerator, denominator and interval."""
+def describe(results: Results) -> str:
+    """Format protocol, scores, cost and notes as lines for a terminal."""
     lines = [f"{key}: {value}" for key, value in results["protocol"].items()]
-    names = {"outputs": "test outputs", "task_mean": "mean over tasks", "tasks": "whole tasks"}
-    for attempt, metrics in results.get("scores", {}).items():
-        lines += [f"{attempt} {names[key]}: {_line(rate)}" for key, rate in metrics.items()]
+    for passes in ("pass@1", "pass@2") if "scores" in results else ():
+        scores = results["scores"][passes]
+        lines += [
+            f"{passes} test outputs: {_line(scores['outputs'])}",
+            f"{passes} mean over tasks: {_line(scores['task_mean'])}",
+            f"{passes} whole tasks: {_line(scores['tasks'])}",
+        ]
     lines += [f"coverage@{k}: {_line(rate)}" for k, rate in results.get("coverage", {}).items()]
     lines += _describe_self_correction(results)
     spent = results["spent"]
@@ -230,7 +255,7 @@ def describe(results: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *results["notes"]])
 
 
-def _describe_self_correction(results: Mapping[str, Any]) -> list[str]:
+def _describe_self_correction(results: Results) -> list[str]:
     lines = [
         f"after attempt {point['attempt']}: pass@2 test outputs {_line(point['pass@2']['outputs'])}"
         for point in results.get("curve", ())
@@ -238,14 +263,14 @@ def _describe_self_correction(results: Mapping[str, Any]) -> list[str]:
     if "baseline" in results:
         base = results["baseline"]
         lines.append(
-            f"the same attempts spent on voting ({base['views']} of {base['wanted']} views there):"
-            f" pass@2 test outputs {_line(base['pass@2']['outputs'])}"
+            f"same attempts spent on voting ({base['views']} of {base['wanted']} variants"
+            f" available): pass@2 test outputs {_line(base['pass@2']['outputs'])}"
         )
     for other in results.get("compare_to", ()):
         if "scores" in other:
             mark = ", ORACLE" if other["oracle"] else ""
             line = _line(other["scores"]["pass@2"]["outputs"])
-            lines.append(f"beside, {other['title']}{mark}: pass@2 test outputs {line}")
+            lines.append(f"compared to {other['title']}{mark}: pass@2 test outputs {line}")
     if results["oracle"]:
         lines.append(
             "ORACLE: the answers were looked at; an upper bound, no submission was written"
@@ -253,16 +278,16 @@ def _describe_self_correction(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _line(rate: Mapping[str, Any]) -> str:
+def _line(rate: RateRecord) -> str:
     return str(Rate(numerator=rate["numerator"], denominator=rate["denominator"]))
 
 
-def _grids(candidates: Sequence[Mapping[str, Any]]) -> list[Grid]:
+def _grids(candidates: Sequence[CandidateRecord]) -> list[Grid]:
     return [string_to_grid("\n".join(candidate["grid"])) for candidate in candidates]
 
 
-def _task_result(task: Task, ranked: Sequence[Sequence[Grid]]) -> dict[str, Any]:
-    outputs = []
+def _task_result(task: Task, ranked: Sequence[Sequence[Grid]]) -> TaskResult:
+    outputs: list[OutputResult] = []
     for index, pair in enumerate(task.test):
         candidates = ranked[index] if index < len(ranked) else ()
         rank = None
@@ -277,16 +302,27 @@ def _task_result(task: Task, ranked: Sequence[Sequence[Grid]]) -> dict[str, Any]
                 "candidates": len(candidates),
             }
         )
-    known = all(pair.output is not None for pair in task.test)
-    solved = all(output["right@2"] for output in outputs) if known else None
+    scorable = all(pair.output is not None for pair in task.test)
+    solved = all(output["right@2"] for output in outputs) if scorable else None
     return {"id": task.id, "solved": solved, "outputs": outputs}
 
 
-def _plain(scores: Scores) -> dict[str, Any]:
-    return {key: _rate(getattr(scores, key)) for key in ("outputs", "task_mean", "tasks")}
+def _pass_scores(tasks: Sequence[Task], ranked: Ranked) -> PassScores:
+    return {
+        "pass@1": _scores(score(tasks, ranked, 1)),
+        "pass@2": _scores(score(tasks, ranked, 2)),
+    }
 
 
-def _rate(rate: Rate) -> dict[str, Any]:
+def _scores(scores: Scores) -> ScoreRecord:
+    return {
+        "outputs": _rate(scores.outputs),
+        "task_mean": _rate(scores.task_mean),
+        "tasks": _rate(scores.tasks),
+    }
+
+
+def _rate(rate: Rate) -> RateRecord:
     return {
         "numerator": rate.numerator,
         "denominator": rate.denominator,

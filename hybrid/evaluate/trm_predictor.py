@@ -1,4 +1,4 @@
-"""From a trained TRM to predictions: every view of every test input is run and has one vote."""
+"""Predict with a trained TRM: each variant of each test input is one row and has one vote."""
 
 from __future__ import annotations
 
@@ -25,16 +25,14 @@ from hybrid.arc import (
 from hybrid.checkpoint import Checkpoint
 from hybrid.config import EvaluationConfig
 from hybrid.dataset.stream import Rows, split_by_canvas
-from hybrid.device import fuse
+from hybrid.device import compile_if_enabled
 from hybrid.evaluate.questions import Question
+from hybrid.evaluate.records import Prediction, VoteRecord
 from hybrid.trm import TRM, TRMConfig
-
-Prediction = dict[str, Any]
-"""What is known of a task after solving it; plain values, written as predictions/{task}.json."""
 
 
 class TRMPredictor:
-    """A trained TRM, its averaged weights in memory, its puzzle table on disk."""
+    """A trained TRM with its EMA weights in memory and its puzzle table on disk."""
 
     def __init__(
         self,
@@ -49,45 +47,44 @@ class TRMPredictor:
         self.model = TRM(trm)
         load_averaged(self.model, checkpoint)
         self.model.to(device).eval()
-        fuse(self.model, compiled)
+        compile_if_enabled(self.model, compiled)
         self.table = PuzzleTable(checkpoint)
 
-    def solve(self, question: Question) -> Prediction:
-        """Candidates for every test input of a task, best first, with what they cost."""
+    def predict(self, question: Question) -> Prediction:
+        """Return the ranked candidates for every test input of a task, and their cost."""
         started = time.perf_counter()
-        tests, views = question.task.test, question.views
+        tests, variants = question.task.test, question.variants
         inputs = np.stack(
             [
-                tokenize_grid(view.apply(test.input), question.side)
+                tokenize_grid(variant.apply(test.input), question.side)
                 for test in tests
-                for view in views
+                for variant in variants
             ]
         )
-        rows = self.table.rows(question, len(views)).repeat(len(tests), 1)
-        different, number = inputs, np.arange(len(inputs))
+        puzzle_rows = self.table.rows(question, len(variants)).repeat(len(tests), 1)
+        unique, index = inputs, np.arange(len(inputs))
         if not question.identifiers:
-            # Without puzzles of their own, views whose input looks the same are one question.
-            different, number = np.unique(inputs, axis=0, return_inverse=True)
-        tokens, halt_logits, act_steps = predict(
-            self.model, different, rows[: len(different)], self.config
+            # With the blank puzzle row, variants with equal inputs have equal outputs.
+            unique, index = np.unique(inputs, axis=0, return_inverse=True)
+        tokens, halt_logits, act_steps = predict_tokens(
+            self.model, unique, puzzle_rows[: len(unique)], self.config
         )
-        tokens, confidences = tokens[number.ravel()], halt_confidence(halt_logits[number.ravel()])
-        found = []
-        for first in range(0, len(inputs), len(views)):
-            mine = slice(first, first + len(views))
+        tokens, confidences = tokens[index.ravel()], halt_confidence(halt_logits[index.ravel()])
+        votes = []
+        for first in range(0, len(inputs), len(variants)):
+            rows = slice(first, first + len(variants))
             grids = [
-                view.invert(tokens_to_grid(row))
-                for view, row in zip(views, tokens[mine], strict=True)
+                variant.invert(tokens_to_grid(row))
+                for variant, row in zip(variants, tokens[rows], strict=True)
             ]
-            found.append(tally_votes(grids, confidences[mine].tolist()))
-        seconds = time.perf_counter() - started
+            votes.append(tally_votes(grids, confidences[rows].tolist()))
         spent = {
-            "rows": len(different),
+            "rows": len(unique),
             "act_steps": act_steps,
             "llm_tokens": 0,
-            "seconds": seconds,
+            "seconds": time.perf_counter() - started,
         }
-        return {"task": question.task.id, "tests": found, "spent": spent}
+        return {"task": question.task.id, "tests": votes, "spent": spent}
 
 
 class PuzzleTable:
@@ -96,22 +93,22 @@ class PuzzleTable:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.path = checkpoint.folder / "puzzle_table.safetensors"
 
-    def rows(self, question: Question, views: int) -> Tensor:
-        """[views, puzzle_emb_ndim]: rows of the first views, the spare ones behind the others."""
+    def rows(self, question: Question, variants: int) -> Tensor:
+        """Return the rows [variants, puzzle_emb_ndim] of the first variants, voting ones first."""
         with safe_open(self.path, "pt") as file:
             table = file.get_slice("puzzle_table")
             if not question.identifiers:
                 blank: Tensor = table[0:1]
-                return blank.repeat(views, 1)
+                return blank.repeat(variants, 1)
             first = question.identifiers.start
-            rows: Tensor = table[first : first + views]
+            rows: Tensor = table[first : first + variants]
             return rows
 
 
 def load_averaged(model: nn.Module, checkpoint: Checkpoint, only: str = "") -> None:
-    """Fill a model with a checkpoint's averaged weights; the puzzle table stays on disk.
+    """Load a checkpoint's EMA weights into a model, without the puzzle table.
 
-    `only`: the tensors whose names begin so.
+    `only`: name prefix of the tensors to load.
     """
     tensors = checkpoint.tensors("model") | checkpoint.tensors("ema")
     tensors = {name: value for name, value in tensors.items() if name.startswith(only)}
@@ -120,8 +117,8 @@ def load_averaged(model: nn.Module, checkpoint: Checkpoint, only: str = "") -> N
     assert not unknown, unknown
 
 
-def tally_votes(grids: Sequence[Grid], confidences: Sequence[float]) -> dict[str, Any]:
-    """The views' vote on a test input, as plain values."""
+def tally_votes(grids: Sequence[Grid], confidences: Sequence[float]) -> VoteRecord:
+    """Return the vote of a test input's variants; each has a grid and a confidence (0..1)."""
     return {
         "candidates": [
             {
@@ -137,31 +134,31 @@ def tally_votes(grids: Sequence[Grid], confidences: Sequence[float]) -> dict[str
 
 
 @torch.inference_mode()
-def predict(
+def predict_tokens(
     model: TRM, inputs: npt.NDArray[np.uint8], puzzle_rows: Tensor, config: EvaluationConfig
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32], int]:
-    """Tokens [n, L], halt logits [n] and ACT steps spent, for token rows [n, L].
+    """Return tokens [n, L], halt logits [n] and ACT steps spent, for token rows [n, L].
 
-    Every row starts afresh. A slot whose row has had its last ACT step takes the next row at once,
-    so batches stay full; when no row is left, slots fall away.
+    Every row starts from fresh states. A slot whose row has ended takes the next row at once, so
+    batches stay full; when no row is left, the batch shrinks.
     """
     device = model.H_init.device
     tokens = np.empty(inputs.shape, np.uint8)
     halt_logits = np.empty(len(inputs), np.float32)
-    given = torch.from_numpy(inputs).to(device)
+    all_inputs = torch.from_numpy(inputs).to(device)
     puzzle_rows = puzzle_rows.to(device)
-    most = config.act_steps or model.config.halt_max_steps
-    begun = min(config.batch_size, len(inputs))
-    # Of each slot: the row it holds, and the ACT steps that row has had.
-    row, steps = np.arange(begun), np.zeros(begun, np.int64)
+    max_steps = config.act_steps or model.config.halt_max_steps
+    assigned = min(config.batch_size, len(inputs))
+    # Per slot: the row it holds, and the ACT steps of that row.
+    row, steps = np.arange(assigned), np.zeros(assigned, np.int64)
     spent = 0
-    batch, rows = {"inputs": given[:begun].int()}, puzzle_rows[:begun]
+    batch, rows = {"inputs": all_inputs[:assigned].int()}, puzzle_rows[:assigned]
     carry = model.initial_carry(batch)
     while len(row):
         carry, outputs = model.act_step(carry, batch, puzzle_rows=rows)
         steps += 1
         spent += len(row)
-        done = steps >= most
+        done = steps >= max_steps
         if config.halt == "confident":
             done |= (outputs.q_halt > 0).cpu().numpy()
         if not done.any():
@@ -169,36 +166,38 @@ def predict(
         ended = np.flatnonzero(done)
         tokens[row[ended]] = outputs.logits[ended].argmax(-1).to(torch.uint8).cpu().numpy()
         halt_logits[row[ended]] = outputs.q_halt[ended].cpu().numpy()
-        filled = ended[: len(inputs) - begun]
-        row[filled] = begun + np.arange(len(filled))
-        steps[filled] = 0
-        begun += len(filled)
-        fresh = np.isin(np.arange(len(row)), filled)
+        refilled = ended[: len(inputs) - assigned]
+        row[refilled] = assigned + np.arange(len(refilled))
+        steps[refilled] = 0
+        assigned += len(refilled)
+        fresh = np.isin(np.arange(len(row)), refilled)
         carry = replace(carry, halted=torch.from_numpy(fresh).to(device))
-        if len(filled) < len(ended):
+        if len(refilled) < len(ended):
             keep = np.flatnonzero(~done | fresh)
             row, steps = row[keep], steps[keep]
-            carry = carry.take(keep.tolist(), inputs.shape[1])
-        batch, rows = {"inputs": given[row].int()}, puzzle_rows[row]
+            carry = carry.select(keep.tolist(), inputs.shape[1])
+        batch, rows = {"inputs": all_inputs[row].int()}, puzzle_rows[row]
     return tokens, halt_logits, spent
 
 
 def predict_rows(model: TRM, rows: Rows, batch_size: int) -> npt.NDArray[np.uint8]:
-    """Tokens [n, L] that the model answers rows with."""
+    """Return the model's tokens [n, L] for training rows; leave its train/eval mode unchanged."""
     was_training = model.training
     model.eval()
     identifiers = torch.from_numpy(np.asarray(rows["puzzle_identifiers"])).long()
     puzzle_rows = model.puzzle_table[identifiers.to(model.puzzle_table.device)]
     config = EvaluationConfig(batch_size=batch_size)
-    said = np.full(rows["inputs"].shape, PAD, np.uint8)
-    for mine, part in split_by_canvas(rows):
-        tokens, _, _ = predict(model, part["inputs"], puzzle_rows[mine], config)
-        said[mine, : tokens.shape[1]] = tokens
+    predicted = np.full(rows["inputs"].shape, PAD, np.uint8)
+    for index, part in split_by_canvas(rows):
+        tokens, _, _ = predict_tokens(model, part["inputs"], puzzle_rows[index], config)
+        predicted[index, : tokens.shape[1]] = tokens
     model.train(was_training)
-    return said
+    return predicted
 
 
-def exact_match(said: npt.NDArray[np.uint8], labels: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    """[n]: rows that are right in every scored position."""
-    right: npt.NDArray[np.bool_] = ((said == labels) | (labels == PAD)).all(axis=1)
-    return right
+def exact_match(
+    predicted: npt.NDArray[np.uint8], labels: npt.NDArray[Any]
+) -> npt.NDArray[np.bool_]:
+    """Return [n] bool: rows whose tokens match the labels at every position that is not PAD."""
+    matches: npt.NDArray[np.bool_] = ((predicted == labels) | (labels == PAD)).all(axis=1)
+    return matches
