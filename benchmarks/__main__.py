@@ -1,6 +1,6 @@
-"""make bench: benchmarks, each in a process of its own, its table, its results in results/.
+"""Run benchmarks, each in its own process, and write their results to benchmarks/results/.
 
-python -m benchmarks [NAME ...]
+Usage: python -m benchmarks [NAME ...]. Without names it runs all, as `make bench` does.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ BENCHMARKS = {
     "attempt_cost": "benchmarks.attempt_cost",
     "ray_overhead": "benchmarks.ray_overhead",
 }
-"""The benchmarks of `make bench`, in order. `canvas` takes half an hour and runs by hand."""
+"""Modules that `make bench` runs, in order. `canvas` takes half an hour; run it separately."""
 
 
 def main() -> int:
     chosen = sys.argv[1:] or list(BENCHMARKS)
     unknown = [name for name in chosen if name not in BENCHMARKS]
     if unknown:
-        print(f"error: {unknown[0]}: none of {', '.join(BENCHMARKS)}", file=sys.stderr)
+        known = ", ".join(BENCHMARKS)
+        print(f"error: {unknown[0]}: unknown benchmark, use one of {known}", file=sys.stderr)
         return 2
     worst = 0
     for name in chosen:

@@ -1,11 +1,11 @@
-"""Small canvases against the full one: the same tasks, the same steps, asked on both.
+"""Accuracy on bucketed canvases and on the full canvas: same tasks, same number of steps.
 
     python -m benchmarks.canvas [--tasks N] [--steps N] [FOLDER]
 
-ARC-1 training tasks, a half of them known to fit the canvas of 11, the others that of 16, with the
-demo's model on a full canvas of 16; demonstrations are trained on and test outputs asked. Each of
-the two trained models is asked on both canvases, so that what training and what asking does is told
-apart. Half an hour on two cores, not a part of `make bench`. Writes benchmarks/results/canvas.json.
+Trains the demo's model on demonstrations of ARC-1 training tasks: half of them fit a canvas of 11,
+the others need one of 16, which is the full canvas here. Evaluates each of the two trained models
+on both canvases, to separate the effect on training from the effect on evaluation. Takes half an
+hour on two cores and is not part of `make bench`. Writes benchmarks/results/canvas.json.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path, default=Path("out/canvas"))
     parser.add_argument("--tasks", type=int, default=40)
     parser.add_argument("--steps", type=int, default=2500)
-    asked = parser.parse_args()
-    root = asked.folder.absolute()
+    arguments = parser.parse_args()
+    root = arguments.folder.absolute()
     shutil.rmtree(root, ignore_errors=True)
-    choose(root / "tasks", asked.tasks)
+    write_tasks(root / "tasks", arguments.tasks)
     rows = []
     for trained in CANVASES:
-        config = of(root, trained, asked.steps)
+        config = demo_config(root, trained, arguments.steps)
         prepare(config.data, config.data_folder, say=lambda line: None)
         run = pretrain(config)
         lines = [m for m in read_metrics(config.run_folder / "metrics.jsonl") if "loss" in m]
         for on in CANVASES:
-            other = of(root, on, asked.steps)
+            other = demo_config(root, on, arguments.steps)
             prepare(other.data, other.data_folder, say=lambda line: None)
             evaluation = replace(config.evaluation, checkpoint=str(run.checkpoint))
             outcome = evaluate(replace(other, logging=config.logging, evaluation=evaluation))
@@ -63,15 +63,15 @@ def main() -> None:
                     "training rows right": round(
                         statistics.mean(m["exact_accuracy"] for m in lines[-10:]), 3
                     ),
-                    **scored(outcome.folder, answers.tasks, outcome.results),
+                    **accuracy(outcome.folder, answers.tasks, outcome.results),
                 }
             )
             print(table(rows), flush=True)
     record("canvas", rows)
 
 
-def choose(folder: Path, count: int) -> None:
-    """Evenly by id, as task files: a half with known grids of up to 10, a half of 11 to 15."""
+def write_tasks(folder: Path, count: int) -> None:
+    """Write `count` tasks, evenly spaced by id: half with known sides up to 10, half 11 to 15."""
     tasks = load_tasks("arc1-training")
     known = {task.id: known_side(task) for task in tasks}
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,14 +88,14 @@ def choose(folder: Path, count: int) -> None:
 
 
 def known_side(task: Task) -> int:
-    """Of the largest grid that is known when the test is asked."""
+    """Return the largest side of the grids that a predictor sees."""
     grids = [grid for pair in task.train for grid in (pair.input, pair.output)]
     grids += [pair.input for pair in task.test]
     return max(int(side) for grid in grids if grid is not None for side in grid.shape)
 
 
-def of(root: Path, canvas: str, steps: int) -> Config:
-    """The demo's settings on these tasks."""
+def demo_config(root: Path, canvas: str, steps: int) -> Config:
+    """Return the demo's config with these tasks and this canvas."""
     return load(
         DEMO,
         [
@@ -113,19 +113,19 @@ def of(root: Path, canvas: str, steps: int) -> Config:
     )
 
 
-def scored(folder: Path, tasks: Sequence[Task], results: Mapping[str, Any]) -> dict[str, Any]:
-    """Test outputs right in two answers, and the share of cells that the first one has right."""
+def accuracy(folder: Path, tasks: Sequence[Task], results: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the pass@2 rate of test outputs and the share of correct cells in first answers."""
     cells = []
     for task in tasks:
         prediction = json.loads((folder / "predictions" / f"{task.id}.json").read_text())
         for pair, test in zip(task.test, prediction["tests"], strict=True):
             assert pair.output is not None
-            said = test["candidates"][:1]
-            grid = string_to_grid("\n".join(said[0]["grid"])) if said else None
+            best = test["candidates"][:1]
+            grid = string_to_grid("\n".join(best[0]["grid"])) if best else None
             same = grid is not None and grid.shape == pair.output.shape
             cells.append(float(np.mean(grid == pair.output)) if same else 0.0)
-    found = results["scores"]["pass@2"]["outputs"]
-    right = Rate(numerator=found["numerator"], denominator=found["denominator"])
+    rate = results["scores"]["pass@2"]["outputs"]
+    right = Rate(numerator=rate["numerator"], denominator=rate["denominator"])
     return {"right": str(right), "cells": round(float(np.mean(cells)), 3)}
 
 

@@ -1,4 +1,4 @@
-"""Two things measured in turns, so that a machine that slows down slows both, and their ratio."""
+"""Timing of alternating runs, so that a slower machine slows all sides, and result files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """Time one call, including the work that it leaves running on the GPU."""
+    """Return the seconds of one call, including the GPU work that it starts."""
     _wait()
     started = time.perf_counter()
     work()
@@ -33,9 +33,9 @@ def seconds_of(work: Callable[[], object]) -> float:
 def in_turns(
     sides: Mapping[str, Callable[[], object]], *, rounds: int, calls: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds per call of each side, `rounds` times in turns, each the mean of `calls` calls.
+    """Return seconds per call of each side: `rounds` values, each the mean of `calls` calls.
 
-    A side that runs out of memory is left out of the result.
+    The sides alternate. A side that runs out of memory is not in the result.
     """
 
     def several(work: Callable[[], object]) -> None:
@@ -62,14 +62,14 @@ def release_memory() -> None:
 
 
 def peak_gib() -> float:
-    """GiB of GPU memory allocated at most since `release_memory`; 0 without a GPU."""
+    """Return the peak GiB of GPU memory since `release_memory`; 0 without a GPU."""
     if not torch.cuda.is_available():
         return 0.0
     return round(torch.cuda.max_memory_allocated() / 2**30, 2)
 
 
 def faster(base: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
-    """How many times faster `ours` is, round by round: the median and the middle half."""
+    """Return the speed-up of `ours` over `base` per round: median and interquartile range."""
     ratios = sorted(b / o for b, o in zip(base, ours, strict=True))
     low, middle, high = (
         statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
@@ -78,7 +78,7 @@ def faster(base: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """Return the date, commit, hardware and software versions of this measurement."""
     about: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "commit": commit(),
@@ -95,9 +95,7 @@ def machine() -> dict[str, Any]:
 
 
 def record(name: str, found: Any, folder: Path | None = None) -> dict[str, Any]:
-    """Replace {name}.json in `folder`, benchmarks/results if not given, and append the report to
-    history.jsonl there.
-    """
+    """Write {name}.json to `folder` (default benchmarks/results) and append to history.jsonl."""
     folder = folder or RESULTS
     report = {"benchmark": name, **machine(), "found": found}
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +106,7 @@ def record(name: str, found: Any, folder: Path | None = None) -> dict[str, Any]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows with the same keys as aligned text."""
+    """Format rows with the same keys as aligned text."""
     header = list(rows[0])
     cells = [header, *([_text(row[name]) for name in header] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
@@ -119,7 +117,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows with the same keys as a table of a page."""
+    """Format rows with the same keys as a Markdown table."""
     lines = [list(rows[0]), ["---"] * len(rows[0])]
     lines += [[_text(value) for value in row.values()] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -141,7 +139,7 @@ def _wait() -> None:
 
 
 def commit() -> str:
-    """$COMMIT, else the commit of the checkout, else `unknown`."""
+    """Return $COMMIT, else the commit of the checkout, else `unknown`."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
@@ -151,7 +149,7 @@ def commit() -> str:
         return given
     if shutil.which("git") is None:
         return "unknown"
-    # A benchmark changes results/, which does not make it another program.
+    # Benchmarks write to results/; that must not mark the checkout as dirty.
     changed = git(
         "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"
     )

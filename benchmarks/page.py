@@ -1,8 +1,8 @@
-"""The tables of docs/performance.md, from benchmarks/results/.
+"""Copies the tables from benchmarks/results/ into docs/performance.md.
 
     python -m benchmarks.page
 
-Writes them into the page, each between the two comments that carry its benchmark's name.
+A table is placed between the comment with its benchmark's name and the next `end` comment.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from pathlib import Path
 from benchmarks.measure import RESULTS, markdown
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
-PLACE = re.compile(r"<!-- (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def filled(text: str) -> str:
-    """The page with what benchmarks/results/ has now."""
-    return PLACE.sub(lambda place: _table(place[1]), text)
+    """Return the page with the current tables of benchmarks/results/."""
+    return BLOCK.sub(lambda block: _table(block[1]), text)
 
 
 def _table(name: str) -> str:
     report = json.loads((RESULTS / f"{name}.json").read_text())
     about = f"{report['date']}, commit {report['commit']}, {report['threads']} threads"
     processor = report["gpu" if name.endswith("-cuda") else "processor"]
-    said = f"{about}, torch {report['torch']}, {processor}"
-    return f"<!-- {name} -->\n{markdown(report['found'])}\n\n*{said}*\n<!-- end -->"
+    caption = f"{about}, torch {report['torch']}, {processor}"
+    return f"<!-- {name} -->\n{markdown(report['found'])}\n\n*{caption}*\n<!-- end -->"
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""What Ray adds to training: the same steps in one process, under Ray with one worker and with two.
+"""Overhead of Ray in training: the same steps in one process and with one and two Ray workers.
 
     python -m benchmarks.ray_overhead [FOLDER]
 
-All run in turns, on the demo's tasks, with the demo's model and with one of 512 units on the full
-canvas, the batch dealt out to the workers. Of a step the medians are compared, as metrics.jsonl has
-them (the first lines, in which everything is started, left out), and the share of it that goes into
-getting rows: one process makes them itself, a worker waits for Ray Data; start-up is what a run
-takes beside its steps. Writes benchmarks/results/ray_overhead.json.
+All sides alternate on the demo's tasks, with the demo's model and with one of hidden size 512 on
+the full canvas; workers share the batch. Compares the median step time in metrics.jsonl, without
+the first lines, and the share of a step spent on waiting for rows: one process computes them
+itself, a worker waits for Ray Data. The overhead of a run is its time outside the steps. Writes
+benchmarks/results/ray_overhead.json.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ def main() -> None:
     for number, size in enumerate(SIZES):
         runs: dict[int, list[dict[str, float]]] = {workers: [] for workers in SIDES}
         for turn in range(size.rounds):
-            for workers, of_side in runs.items():
-                of_side.append(timed(config(root, number, size, workers, turn)))
+            for workers, timings in runs.items():
+                timings.append(timed(config(root, number, size, workers, turn)))
         rows += compare(size.name, runs)
     print(table(rows))
     record("ray_overhead", rows)
 
 
 def config(root: Path, number: int, size: Size, workers: int, turn: int) -> Config:
-    made = load(
+    loaded = load(
         DEMO,
         [
             f"paths.root={root}/{number}",
@@ -72,19 +72,19 @@ def config(root: Path, number: int, size: Size, workers: int, turn: int) -> Conf
             f"training.save_every={size.steps}",
             "training.train_accuracy_pairs=0",
             f"cluster.num_workers={workers}",
-            "cluster.cpus_per_worker=0.5",  # two workers and who makes their rows, on two cores
+            "cluster.cpus_per_worker=0.5",  # two workers and the data stream, on two cores
             f"logging.run=turn{turn}-workers{workers}",
             f"logging.every={size.every}",
             "logging.wandb=false",
             *size.keys,
         ],
     )
-    prepare(made.data, made.data_folder, say=lambda line: None)
-    return made
+    prepare(loaded.data, loaded.data_folder, say=lambda line: None)
+    return loaded
 
 
 def timed(config: Config) -> dict[str, float]:
-    """Seconds of a step, seconds beside the steps, and the share of a step for getting rows."""
+    """Return seconds per step, seconds outside steps, and the share of a step spent on rows."""
     started = time.perf_counter()
     pretrain(config)
     wall = time.perf_counter() - started
@@ -92,11 +92,11 @@ def timed(config: Config) -> dict[str, float]:
     steady = lines[SKIPPED_LINES:]
     step = statistics.median(m["seconds_per_step"] for m in steady)
     waiting = statistics.median(m["waiting_for_rows"] for m in steady)
-    return {"step": step, "compare_to": wall - step * lines[-1]["step"], "waiting": waiting}
+    return {"step": step, "overhead": wall - step * lines[-1]["step"], "waiting": waiting}
 
 
 def compare(name: str, runs: dict[int, list[dict[str, float]]]) -> list[dict[str, Any]]:
-    """One line a side; medians over the rounds."""
+    """Return one line per side with medians over the rounds."""
     return [
         {
             "model": name,
@@ -104,7 +104,7 @@ def compare(name: str, runs: dict[int, list[dict[str, float]]]) -> list[dict[str
             "ms a step": round(1000 * statistics.median(r["step"] for r in found), 2),
             "times one process": faster([r["step"] for r in runs[0]], [r["step"] for r in found]),
             "getting rows": round(statistics.median(r["waiting"] for r in found), 3),
-            "s beside steps": round(statistics.median(r["compare_to"] for r in found), 1),
+            "s beside steps": round(statistics.median(r["overhead"] for r in found), 1),
         }
         for workers, found in runs.items()
     ]

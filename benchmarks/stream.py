@@ -1,10 +1,10 @@
-"""The training stream: rows a second, and memory.
+"""Rows per second and memory of the training stream.
 
     python -m benchmarks.stream [--synthetic TASKS]
 
-ARC-AGI-2's 1,120 tasks with 1,000 variants each, and synthetic tasks of like size, 10,000 of them
-unless told otherwise, with ten. Each is measured in a process of its own: memory once the dataset
-is open, and after 40,000 rows more, which must be the same. Writes benchmarks/results/stream.json.
+Measures ARC-AGI-2's 1,120 tasks with 1,000 variants each, and synthetic tasks of similar size (by
+default 10,000) with ten. Each dataset has its own process: memory after opening the dataset and
+after 40,000 more rows, which should be equal. Writes benchmarks/results/stream.json.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ ROUNDS = 160
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--synthetic", type=int, default=10_000)
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        made = root / "made_challenges.json"
-        made.write_text(json.dumps(synthetic(asked.synthetic)))
+        challenges = root / "synthetic_challenges.json"
+        challenges.write_text(json.dumps(synthetic(arguments.synthetic)))
         arc = DataConfig(
             training=("arc2-training",),
             evaluation=("arc2-evaluation",),
@@ -45,7 +45,7 @@ def main() -> None:
         sets = {
             "ARC-AGI-2": arc,
             "ARC-AGI-2, bucketed": replace(arc, canvas="bucketed"),
-            "synthetic": DataConfig(training=(str(made),), evaluation=(), variants=10),
+            "synthetic": DataConfig(training=(str(challenges),), evaluation=(), variants=10),
         }
         start = multiprocessing.get_context("spawn")
         with start.Pool(1, maxtasksperchild=1) as pool:
@@ -53,13 +53,15 @@ def main() -> None:
             for name, config in sets.items():
                 data = root / name
                 seconds = pool.apply(timed_prepare, (config, data))
-                rows.append({"set": name, "prepare s": seconds, **pool.apply(streamed, (data,))})
+                rows.append(
+                    {"set": name, "prepare s": seconds, **pool.apply(measure_stream, (data,))}
+                )
     print(table(rows))
     record("stream", rows)
 
 
 def synthetic(count: int) -> dict[str, Any]:
-    """Tasks of four pairs with sides 3 to 20, as a Kaggle file has them."""
+    """Return tasks of four pairs with sides 3 to 20, in the format of a Kaggle file."""
     rng = np.random.default_rng(0)
 
     def pair() -> dict[str, Any]:
@@ -77,8 +79,8 @@ def timed_prepare(config: DataConfig, folder: Path) -> float:
     return round(time.perf_counter() - started, 1)
 
 
-def streamed(folder: Path) -> dict[str, Any]:
-    """One process: what opening costs, then rows, then memory again."""
+def measure_stream(folder: Path) -> dict[str, Any]:
+    """Return the time and memory of opening a dataset and of reading rows, in this process."""
     started = time.perf_counter()
     before = resident()
     dataset = Dataset.open(folder)
@@ -103,16 +105,16 @@ def streamed(folder: Path) -> dict[str, Any]:
 
 
 def resident() -> float:
-    """MiB of this process."""
-    found: float = psutil.Process().memory_info().rss / 2**20
-    return found
+    """Return the resident memory of this process in MiB."""
+    mebibytes: float = psutil.Process().memory_info().rss / 2**20
+    return mebibytes
 
 
 def peak() -> float:
-    """MiB at most so far; of getrusage's number a part may be the parent's."""
+    """Return the peak resident memory in MiB; getrusage may include the parent's."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    [most] = [line.split()[1] for line in lines if line.startswith("VmHWM")]
-    return int(most) / 1024
+    [kibibytes] = [line.split()[1] for line in lines if line.startswith("VmHWM")]
+    return int(kibibytes) / 1024
 
 
 if __name__ == "__main__":

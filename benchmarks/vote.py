@@ -1,10 +1,10 @@
-"""A vote over views, from question to candidates: the plain way, ours, and ours on small canvases.
+"""Time of a vote over variants, from question to candidates: plain, ours, ours on small canvases.
 
-    python -m benchmarks.vote [--tasks N] [--views N]
+    python -m benchmarks.vote [--tasks N] [--variants N]
 
-Real ARC-1 evaluation tasks, evenly chosen; a model of the medium size with random weights, four
-ACT steps: what it answers is of no interest, what it costs is. The plain way puts every view on the
-full canvas and runs the plain model through all ACT steps. Writes benchmarks/results/vote.json.
+Evenly spaced ARC-1 evaluation tasks and a model of the medium size with random weights and four ACT
+steps; only the time matters. The plain side puts every variant on the full canvas and runs the
+plain model for all ACT steps. Writes benchmarks/results/vote.json.
 """
 
 from __future__ import annotations
@@ -38,31 +38,32 @@ ROUNDS = 3
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", type=int, default=4)
-    parser.add_argument("--views", type=int, default=2)
-    asked = parser.parse_args()
+    parser.add_argument("--variants", type=int, default=2)
+    arguments = parser.parse_args()
     trm = TRM(MODEL, seed=0).eval()
     plain = PlainTRM(MODEL)
     plain.load_state_dict(trm.state_dict())
     trainer = PlainTrainer(plain, batch_size=1)
     with tempfile.TemporaryDirectory() as folder:
         full, bucketed = (
-            questions(Path(folder), canvas, asked.tasks, asked.views) for canvas in CANVASES
+            questions(Path(folder), canvas, arguments.tasks, arguments.variants)
+            for canvas in CANVASES
         )
-    solver = predictor_of(trm)
+    predictor = trm_predictor(trm)
     seconds = in_turns(
         {
             "plain, full canvas": lambda: [plain_vote(trainer, question) for question in full],
-            "ours, full canvas": lambda: [solver.solve(question) for question in full],
-            "ours, bucketed": lambda: [solver.solve(question) for question in bucketed],
+            "ours, full canvas": lambda: [predictor.predict(question) for question in full],
+            "ours, bucketed": lambda: [predictor.predict(question) for question in bucketed],
         },
         rounds=ROUNDS,
     )
     first = next(iter(seconds.values()))
-    views = sum(len(question.views) * len(question.task.test) for question in full)
+    variants = sum(len(question.variants) * len(question.task.test) for question in full)
     rows = [
         {
             "side": side,
-            "views": views,
+            "views": variants,
             "s": round(statistics.median(took), 2),
             "times plain": faster(first, took),
         }
@@ -73,10 +74,10 @@ def main() -> None:
 
 
 def questions(
-    root: Path, canvas: Literal["full", "bucketed"], tasks: int, views: int
+    root: Path, canvas: Literal["full", "bucketed"], tasks: int, variants: int
 ) -> list[Question]:
-    """Evenly chosen tasks of ARC-1's evaluation set."""
-    config = DataConfig(training=(), evaluation=("arc1-evaluation",), variants=views - 1)
+    """Return questions of evenly spaced tasks of ARC-1's evaluation set."""
+    config = DataConfig(training=(), evaluation=("arc1-evaluation",), variants=variants - 1)
     prepare(replace(config, canvas=canvas), root / canvas, say=lambda line: None)
     dataset = Dataset.open(root / canvas)
     chosen = np.linspace(0, len(dataset.evaluated) - 1, tasks).astype(int)
@@ -87,42 +88,42 @@ def questions(
             Question(
                 task=dataset.tasks[task],
                 side=int(dataset.sides[task]),
-                views=tuple(dataset.augmentation(v) for v in range(first, first + views)),
-                # Of its own, so that views that look alike are asked all the same.
-                identifiers=range(1, views + 1),
+                variants=tuple(dataset.augmentation(v) for v in range(first, first + variants)),
+                # Distinct, so that identical variants are not merged.
+                identifiers=range(1, variants + 1),
             )
         )
     return found
 
 
-class Blank:
-    """Puzzle rows of nobody, in place of a checkpoint's table."""
+class BlankTable:
+    """Zero puzzle embeddings, in place of a checkpoint's table."""
 
-    def rows(self, question: Question, views: int) -> torch.Tensor:
-        return torch.zeros(views, MODEL.puzzle_emb_ndim)
+    def rows(self, question: Question, variants: int) -> torch.Tensor:
+        return torch.zeros(variants, MODEL.puzzle_emb_ndim)
 
 
-def predictor_of(trm: TRM) -> TRMPredictor:
-    """A solver without a checkpoint: of these weights."""
-    solver = TRMPredictor.__new__(TRMPredictor)
-    solver.config = EvaluationConfig()
-    solver.model = trm
-    solver.table = Blank()  # type: ignore[assignment]
-    return solver
+def trm_predictor(trm: TRM) -> TRMPredictor:
+    """Return a predictor with these weights, without a checkpoint."""
+    predictor = TRMPredictor.__new__(TRMPredictor)
+    predictor.config = EvaluationConfig()
+    predictor.model = trm
+    predictor.table = BlankTable()  # type: ignore[assignment]
+    return predictor
 
 
 def plain_vote(trainer: PlainTrainer, question: Question) -> list[Any]:
-    """Candidates of each test input."""
+    """Return the candidates of each test input."""
     found = []
     for test in question.task.test:
-        rows = [tokenize_grid(view.apply(test.input), 30) for view in question.views]
+        rows = [tokenize_grid(variant.apply(test.input), 30) for variant in question.variants]
         inputs = torch.from_numpy(np.stack(rows)).int()
-        nobody = torch.zeros(len(inputs), dtype=torch.int32)
-        batch = {"inputs": inputs, "labels": inputs, "puzzle_identifiers": nobody}
+        blank = torch.zeros(len(inputs), dtype=torch.int32)
+        batch = {"inputs": inputs, "labels": inputs, "puzzle_identifiers": blank}
         tokens, q_halt = trainer.evaluate(batch)
         grids = [
-            view.invert(tokens_to_grid(row))
-            for view, row in zip(question.views, tokens.numpy(), strict=True)
+            variant.invert(tokens_to_grid(row))
+            for variant, row in zip(question.variants, tokens.numpy(), strict=True)
         ]
         found.append(vote(grids, q_halt.sigmoid().tolist()))
     return found

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say they measure."""
+"""The benchmarks measure the quantities that they report."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ TINY = TRMConfig(
 )
 
 
-def test_the_operations_of_a_step_are_those_of_the_paper() -> None:
-    """Full config: 398 GFLOP a training step, 239 of them forward; 3.82 TFLOP in 16 steps."""
+def test_flops_per_step_match_the_paper() -> None:
+    """The full config takes 398 GFLOP per training step, 239 forward; 3.82 TFLOP in 16 steps."""
     full = TRMConfig()
     assert steps.flops(full, train=True) == pytest.approx(398e9, rel=5e-3)
     assert steps.flops(full, train=False) == pytest.approx(239e9, rel=5e-3)
     assert 16 * steps.flops(full, train=False) == pytest.approx(3.82e12, rel=5e-3)
 
 
-def test_turns_are_taken_and_ratios_are_those_of_each_turn() -> None:
+def test_sides_alternate_and_ratios_are_computed_per_round() -> None:
     turns: list[str] = []
     seconds = measure.in_turns(
         {
@@ -72,7 +72,7 @@ def test_turns_are_taken_and_ratios_are_those_of_each_turn() -> None:
     assert measure.faster([3.0], [2.0]) == {"median": 1.5, "from": 1.5, "to": 1.5}
 
 
-def test_what_is_recorded_says_where_it_was_measured(
+def test_recorded_results_include_the_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
@@ -87,7 +87,7 @@ def test_what_is_recorded_says_where_it_was_measured(
     assert json.loads((tmp_path / "elsewhere" / "thing.json").read_text())["found"] == [{"ms": 3}]
 
 
-def test_the_commit_is_unknown_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commit_is_unknown_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COMMIT", raising=False)
     monkeypatch.setenv("PATH", "")
     assert measure.commit() == "unknown"
@@ -104,7 +104,7 @@ def test_the_commit_is_unknown_without_git(monkeypatch: pytest.MonkeyPatch) -> N
         ),
     ],
 )
-def test_steps_are_measured_on_every_side(sides: list[str]) -> None:
+def test_steps_measures_every_side(sides: list[str]) -> None:
     lines = steps.compare("tiny", TINY, 4, CPU, sides, rounds=2, calls=1)
     assert [(line["what"], line["side"]) for line in lines] == [
         (what, side) for what in ("train", "evaluate") for side in sides
@@ -120,7 +120,7 @@ def test_steps_are_measured_on_every_side(sides: list[str]) -> None:
     assert measure.table(lines).count("\n") == len(lines)
 
 
-def test_a_side_that_runs_out_of_memory_leaves_the_others_their_results(
+def test_out_of_memory_on_one_side_keeps_the_results_of_the_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     train = steps.Side.train
@@ -137,7 +137,7 @@ def test_a_side_that_runs_out_of_memory_leaves_the_others_their_results(
     assert measure.table(lines).count("out of memory") == 2
 
 
-def test_turns_go_on_without_a_side_that_runs_out_of_memory() -> None:
+def test_alternation_continues_without_a_side_that_runs_out_of_memory() -> None:
     calls = iter(range(10))
 
     def full() -> None:
@@ -149,7 +149,6 @@ def test_turns_go_on_without_a_side_that_runs_out_of_memory() -> None:
 
 
 def test_all_sides_train_the_same_weights() -> None:
-    """What is compared does the same work."""
     config = replace(TINY, halt_exploration_prob=0.0)
     sides = {name: steps.Side(name, config, 4, CPU) for name in ("plain", "eager")}
     for seed in range(5):
@@ -158,34 +157,36 @@ def test_all_sides_train_the_same_weights() -> None:
             side.train(rows)
     plain, eager = sides["plain"].plain, sides["eager"].state
     assert plain is not None and plain.t == eager.optimizer.t == 5
-    theirs, begun = plain.model.state_dict(), TRM(config, seed=0).state_dict()
+    plain_weights, initial = plain.model.state_dict(), TRM(config, seed=0).state_dict()
     for name, value in eager.model.state_dict().items():
-        torch.testing.assert_close(theirs[name], value, rtol=0, atol=5e-6)
-    assert any(not torch.equal(theirs[name], value) for name, value in begun.items())
-    for name, value in eager.average.values.items():
+        torch.testing.assert_close(plain_weights[name], value, rtol=0, atol=5e-6)
+    assert any(not torch.equal(plain_weights[name], value) for name, value in initial.items())
+    for name, value in eager.ema.values.items():
         torch.testing.assert_close(plain.values[name], value, rtol=0, atol=5e-6)
 
 
-def test_the_stream_is_measured_from_opening_to_memory(tmp_path: Path) -> None:
-    made = tmp_path / "made_challenges.json"
-    made.write_text(json.dumps(stream.synthetic(5)))
-    config = stream.DataConfig(training=(str(made),), evaluation=(), variants=2)
+def test_stream_measures_opening_rows_and_memory(tmp_path: Path) -> None:
+    challenges = tmp_path / "synthetic_challenges.json"
+    challenges.write_text(json.dumps(stream.synthetic(5)))
+    config = stream.DataConfig(training=(str(challenges),), evaluation=(), variants=2)
     assert stream.timed_prepare(config, tmp_path / "data") >= 0
-    found = stream.streamed(tmp_path / "data")
+    found = stream.measure_stream(tmp_path / "data")
     assert found["tasks"] == 5 and found["variants"] == 15 and found["rows/s"] > 0
     assert 0 <= found["open MiB"] <= found["peak MiB"] + 1
 
 
-def test_a_vote_is_asked_on_both_canvases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vote_uses_the_same_tasks_on_both_canvases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     full = vote.questions(tmp_path, "full", 3, 2)
     small = vote.questions(tmp_path, "bucketed", 3, 2)
     assert [q.task for q in full] == [q.task for q in small]
     assert {q.side for q in full} == {30} and min(q.side for q in small) < 30
-    assert all(len(q.views) == 2 for q in full)
+    assert all(len(q.variants) == 2 for q in full)
     assert np.all([q.side >= max(q.task.test[0].input.shape) for q in small])
 
 
-def test_checkpoints_are_compared_with_the_same_bytes(tmp_path: Path) -> None:
+def test_checkpoint_sides_write_the_same_number_of_bytes(tmp_path: Path) -> None:
     small = ("data.variants=1", "trm.hidden_size=64", "trm.puzzle_emb_ndim=64", "data.max_side=10")
     rows = checkpoints.compare(tmp_path, *small, "trm.puzzle_emb_len=1")
     assert [(row["what"], row["side"]) for row in rows] == [
@@ -193,20 +194,20 @@ def test_checkpoints_are_compared_with_the_same_bytes(tmp_path: Path) -> None:
     ]
     assert len({row["MB"] for row in rows}) == 1
     assert all(row["times torch"]["median"] > 0 for row in rows)
-    theirs = (tmp_path / "theirs.pt").stat().st_size / 1e6
-    assert rows[0]["MB"] == pytest.approx(theirs, rel=0.05)
-    assert (tmp_path / "data" / "dataset.json").exists(), "prepared somewhere else"
+    torch_mb = (tmp_path / "torch.pt").stat().st_size / 1e6
+    assert rows[0]["MB"] == pytest.approx(torch_mb, rel=0.05)
+    assert (tmp_path / "data" / "dataset.json").exists(), "dataset in another folder"
 
 
-def test_the_page_has_the_newest_results() -> None:
-    """python -m benchmarks.page"""
+def test_performance_page_has_the_newest_results() -> None:
+    """If this fails, run `python -m benchmarks.page`."""
     text = page.PAGE.read_text()
     assert page.filled(text) == text
-    places = page.PLACE.findall(text)
-    assert len(places) >= 6 and all((measure.RESULTS / f"{name}.json").exists() for name in places)
+    blocks = page.BLOCK.findall(text)
+    assert len(blocks) >= 6 and all((measure.RESULTS / f"{name}.json").exists() for name in blocks)
 
 
-def test_a_row_of_a_table_is_a_line_of_the_page() -> None:
+def test_markdown_formats_one_line_per_row() -> None:
     ratio = {"median": 1.5, "from": 1.25, "to": 1.75}
     assert measure.markdown([{"side": "ours", "ms": 12345.6, "ratio": ratio}]).splitlines() == [
         "| side | ms | ratio |",
@@ -215,19 +216,19 @@ def test_a_row_of_a_table_is_a_line_of_the_page() -> None:
     ]
 
 
-def test_make_bench_names_benchmarks_that_are_there() -> None:
+def test_make_bench_names_existing_modules() -> None:
     for module in BENCHMARKS.values():
         assert callable(importlib.import_module(module).main), module
 
 
-def test_rows_lie_where_the_model_is() -> None:
+def test_random_rows_are_on_the_requested_device() -> None:
     rows = steps.random_rows(TINY, 2, 0, torch.device("meta"))
     assert all(value.is_meta for value in rows.values())
 
 
-def test_a_slower_side_is_less_than_once_as_fast() -> None:
+def test_a_slower_side_has_a_speed_up_below_one() -> None:
     def run(step: float) -> dict[str, float]:
-        return {"step": step, "compare_to": 10 * step, "waiting": 0.25}
+        return {"step": step, "overhead": 10 * step, "waiting": 0.25}
 
     runs = {0: [run(1.0), run(2.0)], 1: [run(2.0), run(4.0)], 2: [run(0.5), run(1.0)]}
     lines = ray_overhead.compare("some", runs)
@@ -236,32 +237,32 @@ def test_a_slower_side_is_less_than_once_as_fast() -> None:
     assert [line["ms a step"] for line in lines] == [1500, 3000, 750]
 
 
-def test_canvases_are_compared_on_tasks_of_both_sizes(tmp_path: Path) -> None:
-    canvas.choose(tmp_path / "tasks", 6)
-    config = canvas.of(tmp_path, "bucketed", 10)
+def test_canvas_accuracy_counts_cells_of_tasks_of_both_sizes(tmp_path: Path) -> None:
+    canvas.write_tasks(tmp_path / "tasks", 6)
+    config = canvas.demo_config(tmp_path, "bucketed", 10)
     prepare(config.data, config.data_folder, say=lambda line: None)
     dataset = Dataset.open(config.data_folder, answers=True)
     assert sorted(dataset.sides) == [11, 11, 11, 16, 16, 16]
 
-    # Three tasks are answered; then one cell is wrong, one row is all there is, nothing is there.
+    # Three correct predictions, one with a wrong cell, one with only the first row, the rest empty.
     expected = []
     (tmp_path / "predictions").mkdir()
     for n, task in enumerate(dataset.tasks):
         tests: list[dict[str, Any]] = []
         for pair in task.test:
             assert pair.output is not None
-            said = pair.output.copy()
+            grid = pair.output.copy()
             if n == 3:
-                said[0, 0] = (said[0, 0] + 1) % 10
+                grid[0, 0] = (grid[0, 0] + 1) % 10
             elif n == 4:
-                assert len(said) > 1
-                said = said[:1]
-            lines = grid_to_string(said).splitlines()
+                assert len(grid) > 1
+                grid = grid[:1]
+            lines = grid_to_string(grid).splitlines()
             tests.append({"candidates": [{"grid": lines}] if n < 5 else []})
-            expected.append({3: 1 - 1 / said.size}.get(n, float(n < 3)))
+            expected.append({3: 1 - 1 / grid.size}.get(n, float(n < 3)))
         text = json.dumps({"tests": tests})
         (tmp_path / "predictions" / f"{task.id}.json").write_text(text)
     outputs = {"numerator": 3, "denominator": len(expected)}
-    found = canvas.scored(tmp_path, dataset.tasks, {"scores": {"pass@2": {"outputs": outputs}}})
+    found = canvas.accuracy(tmp_path, dataset.tasks, {"scores": {"pass@2": {"outputs": outputs}}})
     assert found["right"].startswith(f"3/{len(expected)} = ")
     assert found["cells"] == round(float(np.mean(expected)), 3)
