@@ -31,11 +31,16 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def in_turns(
-    sides: Mapping[str, Callable[[], object]], *, rounds: int, calls: int = 1
+    sides: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    calls: int = 1,
+    drop: Callable[[str], object] | None = None,
 ) -> dict[str, list[float]]:
     """Return seconds per call of each side: `rounds` values, each the mean of `calls` calls.
 
-    The sides alternate. A side that runs out of memory is not in the result.
+    The sides alternate. A side that runs out of memory is not in the result; `drop` gets its name
+    and may free what the side holds.
     """
 
     def several(work: Callable[[], object]) -> None:
@@ -47,9 +52,13 @@ def in_turns(
         for name in list(seconds):
             try:
                 seconds[name].append(seconds_of(partial(several, sides[name])) / calls)
+                continue
             except torch.OutOfMemoryError:
                 del seconds[name]
-                release_memory()
+            # After the block: the exception's traceback holds the tensors of the failed call.
+            if drop is not None:
+                drop(name)
+            release_memory()
     return seconds
 
 

@@ -10,7 +10,8 @@ plain trainer, eager and compiled, and the ratio of floor to time. The floor is 
 matrix products at the rate this machine reaches for the model's largest one in that dtype; in
 training it includes copying the optimizer's bytes. A side that runs out of memory is listed as
 such. `plain compiled` compiles the model and its loss as one graph, as the published trainer does
-on a GPU. Writes steps-<device>.json to FOLDER (default benchmarks/results).
+on a GPU; `compiled static` compiles ours for fixed shapes. Writes steps-<device>.json to FOLDER
+(default benchmarks/results).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import cycle
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,7 @@ from hybrid.context import LocalContext
 from hybrid.evaluate.trm_predictor import predict_tokens
 from hybrid.train.pretrain import train_step
 from hybrid.train.state import TrainState
-from hybrid.trm import TRM, AdamAtan2, ExponentialMovingAverage, TRMConfig
+from hybrid.trm import TRM, TRMConfig
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 KINDS = ("train", "evaluate")
@@ -117,13 +119,14 @@ def main() -> None:
 def sides_on(device: torch.device) -> list[str]:
     """Return the default sides for a device.
 
-    A GPU always computes in bfloat16. A CPU takes a minute to compile a plain model, and few CPUs
-    have bfloat16 units.
+    A GPU always computes in bfloat16. Few CPUs have bfloat16 units.
     """
     if device.type == "cuda":
         return ["compiled", "eager", "plain", "plain compiled"]
-    half = ["plain bfloat16", "compiled bfloat16"]
-    return ["plain", "eager", "compiled", *(half if torch.cpu._is_avx512_bf16_supported() else [])]
+    sides = ["plain", "eager", "compiled", "plain compiled"]
+    if torch.cpu._is_avx512_bf16_supported():
+        sides += ["plain bfloat16", "compiled bfloat16", "plain compiled bfloat16"]
+    return sides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +165,8 @@ def compare(
     columns = _columns(sides, device)
     lines = []
     for kind in KINDS:
-        turns = {side: _cycling(each.side.step(kind), batches) for side, each in warm.items()}
-        seconds = in_turns(turns, rounds=rounds, calls=calls)
+        turns = {side: _cycling(warm, side, kind, batches) for side in warm}
+        seconds = in_turns(turns, rounds=rounds, calls=calls, drop=warm.pop)
         train = kind == "train"
         steps = batch_size * (1 if train else config.halt_max_steps)
         operations = steps * flops(config, train=train)
@@ -267,21 +270,14 @@ class Side:
             self.plain = PlainTrainer(plain, batch_size=batch, compiled=compiled)
             return
         if "compiled" in words:
-            ours.compile_recursion()
-        weights = dict(ours.named_parameters())
+            ours.compile_recursion(dynamic="static" not in words)
         self.config = TrainingConfig(
             batch_size=batch, micro_batch_size=micro_batch_size, lr_warmup_steps=0
         )
-        self.state = TrainState(
-            step=0,
-            model=ours,
-            optimizer=AdamAtan2(weights),
-            ema=ExponentialMovingAverage(weights, 0.999),
-            slots=range(batch),
-            carry=ours.initial_carry(rows),
-            rows_consumed=torch.zeros(batch, dtype=torch.int64),
-            trained_on=[],
-        )
+        self.sides = rows["side"].cpu()
+        """Canvas sides on the host, as in training: reading them must not wait for the device."""
+        carry = ours.initial_carry(rows)
+        self.state = TrainState.create(ours, self.config, range(batch), carry, trained_on=[])
 
     def step(self, kind: str) -> Callable[[dict[str, Tensor]], None]:
         """Return the function that runs a batch."""
@@ -291,6 +287,7 @@ class Side:
         if self.plain:
             self.plain.step(batch, 1e-4, 1e-2)
         else:
+            batch = {**batch, "side": self.sides}
             train_step(self.state, batch, self.config, 10**6, LocalContext(self.device))
 
     def evaluate(self, batch: dict[str, Tensor]) -> None:
@@ -353,16 +350,11 @@ def optimizer_seconds(config: TRMConfig, device: torch.device) -> float:
 
 
 def _cycling(
-    work: Callable[[dict[str, Tensor]], None], batches: list[dict[str, Tensor]]
+    warm: Mapping[str, WarmedUp], name: str, kind: str, batches: list[dict[str, Tensor]]
 ) -> Callable[[], None]:
-    number = 0
-
-    def turn() -> None:
-        nonlocal number
-        work(batches[number % len(batches)])
-        number += 1
-
-    return turn
+    """Return a function that runs the next batch; it does not keep a side that `warm` dropped."""
+    following = cycle(batches)
+    return lambda: warm[name].side.step(kind)(next(following))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from benchmarks.gpu.session import Session
 from benchmarks.measure import peak_gib, seconds_of
 from benchmarks.steps import FULL, GOLDEN, flops
 from hybrid.config import EvaluationConfig
-from hybrid.evaluate import predict
+from hybrid.evaluate import predict_tokens
 from hybrid.trm import TRM, TRMConfig
 
 MODES: tuple[tuple[Literal["published", "fixed", "confident"], int | None], ...] = (
@@ -61,12 +61,12 @@ def _measure(
     generator = torch.Generator().manual_seed(0)
     puzzles = torch.randn(rows, model.config.puzzle_emb_ndim, generator=generator)
     one_step = EvaluationConfig(batch_size=batch, halt="fixed", act_steps=1)
-    predict(model, tokens[:batch], puzzles[:batch], one_step)  # compiles
+    predict_tokens(model, tokens[:batch], puzzles[:batch], one_step)  # compiles
     spent = 0
 
     def answer() -> None:
         nonlocal spent
-        spent = predict(model, tokens, puzzles, config)[2]
+        spent = predict_tokens(model, tokens, puzzles, config)[2]
 
     seconds = seconds_of(answer)
     operations = spent * flops(model.config, train=False)

@@ -1,13 +1,14 @@
-"""One part of the GPU check, in a process of its own; `benchmarks.gpu` starts it.
+"""One part of the GPU check in its own process, which `benchmarks.gpu` starts.
 
-python -m benchmarks.gpu.part PART DEVICE FOLDER SECONDS [tiny]
+python -m benchmarks.gpu.part PART DEVICE FOLDER SCRATCH DEADLINE [tiny]
+
+DEADLINE is in seconds since the epoch, so that imports count towards the time limit.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -16,17 +17,16 @@ from benchmarks.gpu.session import Session
 
 
 def main() -> None:
-    part, device, out, seconds, *tiny = sys.argv[1:]
-    with tempfile.TemporaryDirectory() as scratch:
-        session = Session(
-            part=part,
-            device=torch.device(device),
-            tiny=bool(tiny),
-            out=Path(out),
-            scratch=Path(scratch),
-            seconds=float(seconds),
-        )
-        importlib.import_module(f"benchmarks.gpu.{part}").run(session)
+    part, device, out, scratch, deadline, *tiny = sys.argv[1:]
+    session = Session(
+        part=part,
+        device=torch.device(device),
+        tiny=bool(tiny),
+        out=Path(out),
+        scratch=Path(scratch),
+        deadline=float(deadline),
+    )
+    importlib.import_module(f"benchmarks.gpu.{part}").run(session)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -12,15 +16,16 @@ from benchmarks.gpu.session import Session, experiment
 from hybrid.context import LocalContext
 from hybrid.train import pretrain
 
+CASES = ((True, False), (True, True), (False, False))
+"""(deterministic algorithms, compiled). The checks are before the measurement."""
+TINY_CASES = ((True, False), (False, False))
+
 
 def run(session: Session) -> None:
     """Check that runs repeat bit for bit with deterministic algorithms; measure it without."""
-    # Read by cuBLAS when it starts; without it matrix products may differ between two runs.
+    # cuBLAS reads it when it starts; without it matrix products may differ between two runs.
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    cases = [(False, False), (True, False)]
-    if not session.tiny:
-        cases.append((True, True))
-    for deterministic, compiled in cases:
+    for deterministic, compiled in TINY_CASES if session.tiny else CASES:
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
         root = session.scratch / f"{deterministic}-{compiled}"
         what = "compiled" if compiled else "eager"
@@ -31,17 +36,22 @@ def run(session: Session) -> None:
             session.record(what, **found, **checked)
 
 
-def differences(root: Path, device: torch.device, steps: int, compiled: bool) -> dict[str, float]:
-    """Largest differences of a run, repeated and interrupted, from the run in one piece."""
-    whole = _train(root, "whole", device, steps, compiled)
-    again = _train(root, "again", device, steps, compiled)
-    _train(root, "interrupted", device, steps // 2, compiled)
-    interrupted = _train(root, "interrupted", device, steps, compiled)
-    return {"again": distance(whole, again), "interrupted": distance(whole, interrupted)}
+def differences(
+    root: Path, device: torch.device, steps: int, compiled: bool, **sections: dict[str, Any]
+) -> dict[str, float]:
+    """Return the largest differences of a repeated and of an interrupted run from one run.
+
+    `sections` override keys of the config.
+    """
+    train = partial(_train, root, device=device, compiled=compiled, sections=sections)
+    once, again = train("once", steps=steps), train("again", steps=steps)
+    train("interrupted", steps=steps // 2)
+    interrupted = train("interrupted", steps=steps)
+    return {"again": distance(once, again), "interrupted": distance(once, interrupted)}
 
 
 def distance(one: Path, other: Path) -> float:
-    """Largest absolute difference of any number in two checkpoints."""
+    """Return the largest absolute difference of any number in two checkpoints; inf for NaN."""
     files = sorted(path.name for path in one.glob("*.safetensors"))
     assert files == sorted(path.name for path in other.glob("*.safetensors"))
     worst = 0.0
@@ -49,15 +59,25 @@ def distance(one: Path, other: Path) -> float:
         ours, theirs = load_file(one / file), load_file(other / file)
         for name, value in ours.items():
             if value.numel():
-                worst = max(worst, float((value.double() - theirs[name].double()).abs().max()))
+                largest = float((value.double() - theirs[name].double()).abs().max())
+                worst = max(worst, math.inf if math.isnan(largest) else largest)
     return worst
 
 
-def _train(root: Path, name: str, device: torch.device, steps: int, compiled: bool) -> Path:
+def _train(
+    root: Path,
+    name: str,
+    *,
+    device: torch.device,
+    steps: int,
+    compiled: bool,
+    sections: Mapping[str, dict[str, Any]],
+) -> Path:
+    data = {"training": ["arc1-training"], "evaluation": [], "variants": 3, "max_side": 5}
     config = experiment(
         root,
         device,
-        {"training": ["arc1-training"], "evaluation": [], "variants": 3, "max_side": 5},
+        data | sections.get("data", {}),
         trm={
             "hidden_size": 128,
             "num_heads": 4,
@@ -75,6 +95,7 @@ def _train(root: Path, name: str, device: torch.device, steps: int, compiled: bo
             "lr": 1e-3,
             "puzzle_lr": 1e-1,
             "lr_warmup_steps": 2,
+            **sections.get("training", {}),
         },
         cluster={"compile": compiled},
         logging={"run": name},

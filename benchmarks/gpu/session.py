@@ -1,4 +1,4 @@
-"""What the parts of the GPU check share: their results, their sizes, their data."""
+"""The environment of one part of the GPU check: results file, sizes, time limit, data."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import json
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,25 @@ from hybrid.context import LocalContext, Signal
 from hybrid.dataset import prepare
 
 RESULTS = "gpu_check.jsonl"
+CHECKS = ("parity", "resume")
+"""Parts that must finish. The others only measure, and a slow GPU may not finish them."""
 
 
 def append(out: Path, part: str, what: str, **found: Any) -> None:
-    """Write one result as a JSON line to the results file in `out`, at once."""
+    """Append one result to the results file in `out` as a JSON line."""
     line = {"part": part, "what": what, **found}
     with (out / RESULTS).open("a") as file:
         file.write(json.dumps(line) + "\n")
 
 
+def unfinished(part: str) -> dict[str, bool]:
+    """Return the result key that marks a check as not finished; empty for a measurement."""
+    return {"finished": False} if part in CHECKS else {}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """One part of the check in a process of its own."""
+    """One part of the check, in its own process."""
 
     part: str
     device: torch.device
@@ -39,15 +46,14 @@ class Session:
     """Run the same code at sizes for a CPU."""
     out: Path
     scratch: Path
-    """A folder for data and runs, removed when the part ends."""
-    seconds: float
-    """Time limit of the part."""
-    started: float = field(default_factory=time.monotonic)
+    """Folder for data and runs; the parent process removes it."""
+    deadline: float
+    """Time at which the part must end, in seconds since the epoch (`time.time()`)."""
 
     @property
     def left(self) -> float:
-        """Seconds until the time limit."""
-        return self.seconds - (time.monotonic() - self.started)
+        """Seconds until the deadline."""
+        return self.deadline - time.time()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -55,24 +61,33 @@ class Session:
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     def record(self, what: str, **found: Any) -> None:
-        """Write a result at once. `ok` is for checks, `predicted` for what an H100 should give."""
+        """Write a result at once. `ok` is for checks, `predicted` for predictions for an H100."""
         append(self.out, self.part, what, **found)
 
     def predicted(self, value: float | str | None) -> float | str:
-        """What is predicted for an H100; empty without a prediction and at tiny sizes."""
+        """Return a prediction for an H100; empty if there is none, and at tiny sizes."""
         return "" if value is None or self.tiny else value
+
+    def has_time(self, what: str, seconds: float) -> bool:
+        """Return whether `seconds` are left; if not, record `what` as skipped."""
+        if self.left >= seconds:
+            return True
+        skipped = f"skipped: {max(0.0, self.left):.0f} s left of {seconds:.0f} s needed"
+        self.record(what, failed=skipped, **unfinished(self.part))
+        return False
 
     @contextmanager
     def measuring(self, what: str) -> Iterator[None]:
-        """Start with free memory; record an error as the result of `what` and go on.
+        """Start with free memory; record an error as the result of `what` and continue.
 
-        Running out of memory is not a failed check, any other error is.
+        Running out of memory leaves a check unfinished; any other error fails it.
         """
         release_memory()
         try:
             yield
         except torch.OutOfMemoryError as error:
-            self.record(what, failed=f"out of memory: {_first_line(error)}")
+            failed = f"out of memory: {_first_line(error)}"
+            self.record(what, failed=failed, **unfinished(self.part))
         except Exception as error:
             traceback.print_exc()
             self.record(what, failed=f"{type(error).__name__}: {_first_line(error)}", ok=False)
@@ -109,19 +124,66 @@ def experiment(
 
 
 class TimedContext(LocalContext):
-    """One process that stops training, with a checkpoint, when its time is over."""
+    """Single-process context that stops training, with a checkpoint, after some seconds.
 
-    def __init__(self, device: torch.device, seconds: float) -> None:
+    Time counts from the end of the first step, because the first step compiles.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        seconds: Callable[[], float],
+        write: Callable[[float, Mapping[str, float]], None],
+        points: int,
+    ) -> None:
+        """`seconds` is called once, after the first step, and returns the training time.
+
+        `write` gets the seconds trained and the metrics, about `points` times; the last metrics of
+        the run are always among them.
+        """
         super().__init__(device)
-        self.end = time.monotonic() + seconds
+        self.seconds, self.write, self.points = seconds, write, points
+        self.start: float | None = None
+        self.duration = self.next = 0.0
 
     def signal(self) -> Signal:
-        """STOP when the time is over."""
-        return Signal.STOP if time.monotonic() >= self.end else Signal.NONE
+        """Return STOP once the time is over."""
+        now = time.monotonic()
+        if self.start is None:
+            self.start, self.duration = now, self.seconds()
+        return Signal.STOP if now - self.start >= self.duration else Signal.NONE
+
+    def gauge(self, metrics: Mapping[str, float]) -> None:
+        """Write metrics, at most once per interval."""
+        trained = time.monotonic() - (self.start or time.monotonic())
+        if trained >= min(self.next, self.duration):
+            self.write(trained, metrics)
+            self.next = trained + self.duration / self.points
+
+
+@contextmanager
+def cudnn_attention(on: bool) -> Iterator[None]:
+    """Switch the cuDNN backend of attention on or off, for eager and compiled code.
+
+    A compiled graph keeps the backend that was chosen when it was traced, and neither torch's
+    guards nor its AOTAutograd cache look at this switch.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    if on == before:
+        yield
+        return
+    torch._dynamo.reset()
+    torch.backends.cuda.enable_cudnn_sdp(on)
+    try:
+        with torch._functorch.config.patch(enable_autograd_cache=False):
+            yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+        torch._dynamo.reset()
 
 
 def median_seconds(work: Callable[[], object], *, calls: int = 5, warm_up: int = 2) -> float:
-    """Median time of a call after `warm_up` calls."""
+    """Return the median time of a call after `warm_up` calls."""
     for _ in range(warm_up):
         work()
     return statistics.median(seconds_of(work) for _ in range(calls))

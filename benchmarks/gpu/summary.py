@@ -21,12 +21,17 @@ def read(out: Path) -> list[Line]:
 
 
 def failures(lines: Sequence[Line]) -> list[str]:
-    """Name the checks that failed and the parts that did not end well."""
-    return [f"{line['part']}: {line['what']}" for line in lines if line.get("ok") is False]
+    """Name the checks that failed and the parts that crashed."""
+    return [_name(line) for line in lines if line.get("ok") is False]
+
+
+def not_finished(lines: Sequence[Line]) -> list[str]:
+    """Name the checks that ran out of time or memory."""
+    return [_name(line) for line in lines if line.get("finished") is False]
 
 
 def text(lines: Sequence[Line]) -> str:
-    """Tables of all results by part, then the verdict."""
+    """Format all results as tables by part, then the verdict."""
     blocks = ["\nPredictions are for one H100, made before any GPU had run the code."]
     for part, of_part in groupby(lines, key=lambda line: line["part"]):
         blocks.append(f"\n{part}")
@@ -35,13 +40,20 @@ def text(lines: Sequence[Line]) -> str:
     failed = failures(lines)
     blocks.append(f"\n{len(checks) - len(failed)} of {len(checks)} checks passed")
     blocks += [f"FAILED  {what}" for what in failed]
+    blocks += [f"NOT FINISHED  {what}" for what in not_finished(lines)]
     return "\n".join(blocks)
 
 
+def _name(line: Line) -> str:
+    return f"{line['part']}: {line['what']}"
+
+
 def _row(line: Line) -> dict[str, Any]:
-    row = {key: value for key, value in line.items() if key not in ("part", "ok")}
+    row = {key: value for key, value in line.items() if key not in ("part", "ok", "finished")}
     if "ok" in line:
         row["check"] = "passed" if line["ok"] else "FAILED"
+    elif "finished" in line:
+        row["check"] = "not finished"
     return row
 
 

@@ -145,17 +145,17 @@ class TRM(nn.Module):
         truncated_normal_(self.L_init, 1.0, generator)
         self.puzzle_table.zero_()
 
-    def compile_recursion(self) -> None:
+    def compile_recursion(self, *, dynamic: bool = True) -> None:
         """Compile a cycle of the recursion with torch.compile; numbers change by rounding.
 
         Compiles once per kind of gradient, for all batch and canvas sizes, so that numbers do not
         depend on which size came first. Compiling a cycle instead of a block gains 5% at small
-        sizes; static shapes gain nothing on a CPU (docs/log.md).
+        sizes; static shapes (`dynamic=False`) gain nothing on a CPU (docs/log.md).
         """
         # Kinds of gradient times batches of one row or several reach torch's limit of 8, beyond
         # which it falls back to eager kernels with no more than a warning.
         torch._dynamo.config.recompile_limit = 64
-        self._cycle = torch.compile(self._cycle, dynamic=True)  # type: ignore[method-assign]
+        self._cycle = torch.compile(self._cycle, dynamic=dynamic)  # type: ignore[method-assign]
 
     @property
     def dtype(self) -> torch.dtype:
