@@ -1,4 +1,4 @@
-"""What a dataset is made of."""
+"""Configuration of a prepared dataset."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from hybrid.errors import check_fields
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Sources, augmentation and canvas; all but `canvas` is part of the dataset's fingerprint."""
+    """Sources, augmentation and canvas; all but `canvas` are part of the dataset's fingerprint."""
 
     training: tuple[str, ...] = ("arc1-training",)
-    """Sources whose every pair with an output is trained on."""
+    """Sources whose pairs with an output are all trained on."""
     evaluation: tuple[str, ...] = ("arc1-evaluation",)
-    """Sources whose demonstrations are trained on and whose tests are asked."""
+    """Sources whose demonstrations are trained on and whose tests are evaluated."""
     variants: int = 1000
-    """Augmentations drawn per task, beside the original."""
+    """Augmented variants drawn per task, in addition to the original."""
     max_side: int = 30
-    """Side of the canvas. Tasks with larger demonstrations or test inputs are left out, counted."""
+    """Side of the canvas. Larger tasks (demonstrations, test inputs) are excluded and counted."""
     on_overlap: Literal["refuse", "drop"] = "refuse"
-    """What to do with a training task that holds a test pair of an evaluation task."""
+    """Action for a training task that contains a test pair of an evaluation task."""
     canvas: Literal["full", "bucketed"] = "full"
-    """bucketed puts each task on the smallest of a few canvases that holds all of it that is known
-    when its test is asked; an answer that is larger cannot be given, and counts as wrong. Puzzle
-    identifiers are the same either way, and positions those of the full canvas."""
+    """bucketed: put each task on the smallest of a few canvases that fits its grids, except answers
+    of evaluation tasks; a larger answer cannot be predicted and counts as wrong. Puzzle identifiers
+    do not depend on it, and positions are those of the full canvas."""
     hold_out_demos: int = 0
-    """Demonstrations of each evaluation task, the last ones, kept out of training and of prompts:
-    what `feedback.source=demos` tries the rule on."""
+    """Last demonstrations of each evaluation task to exclude from training and prompts, for
+    `feedback.source=demos`."""
     hold_out_tasks: int = 0
-    """Training tasks, drawn by the seed, that are asked instead: what hyperparameters are chosen
-    by. Goes with an empty `evaluation`."""
+    """Training tasks, drawn by the seed, to evaluate instead, for choosing hyperparameters.
+    Requires an empty `evaluation`."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -45,8 +45,8 @@ class DataConfig:
         )
         if self.hold_out_tasks and self.evaluation:
             problems.append(
-                "hold_out_tasks asks training tasks: evaluation must be [], its tasks are not for"
-                " choosing hyperparameters"
+                "hold_out_tasks requires evaluation=[]: hyperparameters must not be chosen on"
+                " evaluation tasks"
             )
         if not self.training and not self.evaluation:
             problems.append("training and evaluation are both empty: no source to read")

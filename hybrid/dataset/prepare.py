@@ -1,4 +1,4 @@
-"""From sources to a dataset folder: read, check, draw variants, write at once."""
+"""Preparation of a dataset folder: load sources, check them, draw variants, write atomically."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ VARIANTS_PER_ROW_GROUP = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class Selected:
-    """A task that goes into the dataset."""
+    """A task to include in the dataset."""
 
     task: Task
     purpose: Purpose
@@ -48,12 +48,12 @@ class Selected:
 
 
 def prepare(config: DataConfig, folder: str | Path, say: Say = print) -> dict[str, Any]:
-    """Write the dataset that `config` describes to `folder`; returns dataset.json.
+    """Write the dataset that `config` describes to `folder` and return its dataset.json.
 
-    A dataset of the same config and sources that is already there is left as it is. The same
-    config gives the same bytes. `folder` changes by renames alone: a killed run leaves no half
-    dataset. Raises UserError for bad sources, for a folder with anything but a dataset in it and,
-    with on_overlap=refuse, for contamination.
+    An existing dataset of the same config and sources is kept. The same config gives the same
+    bytes. `folder` changes only by renames, so a killed run leaves no partial dataset. Progress
+    lines go to `say`. Raise UserError for malformed sources, for a folder that contains anything
+    but a dataset and, with on_overlap=refuse, for contamination.
     """
     folder = Path(folder)
     where = storage.uri(folder)
@@ -84,20 +84,19 @@ def prepare(config: DataConfig, folder: str | Path, say: Say = print) -> dict[st
 
 
 def select(config: DataConfig, say: Say) -> tuple[list[Selected], dict[str, Any]]:
-    """The tasks of all sources that fit the canvas and leak no test, and a report of the others."""
+    """Select the tasks that fit the canvas and leak no test; also return a report of the others."""
     training = _read(config.training, "training", say)
     evaluation = _read(config.evaluation, "evaluation", say)
-    found = len(training) + len(evaluation)
-    asked = len(evaluation)
+    n_tasks, n_evaluation = len(training) + len(evaluation), len(evaluation)
     training = [s for s in training if s.task.max_side <= config.max_side]
     if config.hold_out_tasks:
         training, evaluation = _hold_out(config, training, say)
-        asked = len(evaluation)
-    # Whether an evaluation task fits is decided without its answers: those are not known.
+        n_evaluation = len(evaluation)
+    # Answers must not decide whether an evaluation task fits, because they are unknown.
     evaluation = [s for s in evaluation if s.task.without_answers().max_side <= config.max_side]
-    too_large = found - len(training) - len(evaluation)
+    too_large = n_tasks - len(training) - len(evaluation)
     if too_large:
-        say(f"{too_large} of {found} tasks do not fit a canvas of side {config.max_side}: left out")
+        say(f"{too_large} of {n_tasks} tasks excluded: larger than data.max_side={config.max_side}")
     training, dropped = _without_leaks(config, training, evaluation, say)
     if not training and not evaluation:
         raise UserError(f"data.max_side={config.max_side}: no task fits this canvas")
@@ -105,13 +104,13 @@ def select(config: DataConfig, say: Say) -> tuple[list[Selected], dict[str, Any]
     _check_enough_tasks(evaluation, config.hold_out_demos)
     report = {
         "excluded": {"too_large": too_large, "leaking": dropped},
-        "evaluation": {"evaluated": len(evaluation), "of": asked},
+        "evaluation": {"evaluated": len(evaluation), "of": n_evaluation},
     }
     return training + evaluation, report
 
 
 def _read(sources: tuple[str, ...], purpose: Purpose, say: Say) -> list[Selected]:
-    """The tasks of several sources by id; the same task twice is one task."""
+    """Load the tasks of several sources, sorted by id; merge equal tasks."""
     by_id: dict[str, Selected] = {}
     for source in sources:
         tasks = load_tasks(source)
@@ -126,49 +125,49 @@ def _read(sources: tuple[str, ...], purpose: Purpose, say: Say) -> list[Selected
 def _hold_out(
     config: DataConfig, training: list[Selected], say: Say
 ) -> tuple[list[Selected], list[Selected]]:
-    """Training tasks, and those of them that are asked."""
-    known = [s for s in training if all(pair.output is not None for pair in s.task.test)]
-    if len(known) <= config.hold_out_tasks:
+    """Split the training tasks at random into training tasks and held-out ones."""
+    answered = [s for s in training if all(pair.output is not None for pair in s.task.test)]
+    if len(answered) <= config.hold_out_tasks:
         raise UserError(
-            f"data.hold_out_tasks={config.hold_out_tasks}: of {len(known)} training tasks on this"
-            " canvas none would be left"
+            f"data.hold_out_tasks={config.hold_out_tasks}: must be less than the {len(answered)}"
+            " training tasks on this canvas"
         )
     rng = np.random.default_rng([config.seed, config.hold_out_tasks])
-    drawn = {known[n].task.id for n in rng.permutation(len(known))[: config.hold_out_tasks]}
+    drawn = {answered[n].task.id for n in rng.permutation(len(answered))[: config.hold_out_tasks]}
     held = [replace(s, purpose="evaluation") for s in training if s.task.id in drawn]
     say(f"{len(held)} training tasks held out")
     return [s for s in training if s.task.id not in drawn], held
 
 
 def _same(one: Task, other: Task) -> bool:
-    """Whether demonstrations and tests are equal in any order: ARC-2 reorders tasks of ARC-1."""
+    """Return whether the pairs are equal in any order: ARC-2 reorders tasks of ARC-1."""
     return set(one.train) == set(other.train) and set(one.test) == set(other.test)
 
 
 def _without_leaks(
     config: DataConfig, training: list[Selected], evaluation: list[Selected], say: Say
 ) -> tuple[list[Selected], list[str]]:
-    """Training tasks that hold no test of an evaluation task, and the ids of the others.
+    """Return the training tasks without tests of an evaluation task, and the other tasks' ids.
 
-    Tests are known by their *input*: what is dropped must not depend on the answers.
+    Tests are compared by *input*, because the selection must not depend on the answers.
     """
-    asked = [s.task.without_answers() for s in evaluation]
-    overlap = find_overlap([s.task for s in training], asked)
+    blind = [s.task.without_answers() for s in evaluation]
+    overlap = find_overlap([s.task for s in training], blind)
     leaking = overlap.leaking_tasks
     if leaking:
         say(overlap.describe())
         if config.on_overlap == "refuse":
             raise UserError(
-                f"data.training: {len(leaking)} tasks hold a test of an evaluation task"
+                f"data.training: {len(leaking)} tasks contain a test of an evaluation task"
                 f" ({', '.join(sorted(leaking)[:5])}{', ...' if len(leaking) > 5 else ''});"
-                " data.on_overlap=drop leaves them out"
+                " data.on_overlap=drop excludes them"
             )
-        say(f"{len(leaking)} training tasks left out")
-    # Inputs alone prove nothing here: 6ea4a07e asks what 8719f442 shows, with another answer.
+        say(f"{len(leaking)} training tasks excluded")
+    # Equal inputs are not enough: 6ea4a07e's test input has another output in 8719f442.
     answered = [s.task for s in evaluation if all(p.output is not None for p in s.task.test)]
-    for known, task in find_overlap(asked, answered).leaks:
+    for other, task in find_overlap(blind, answered).leaks:
         raise UserError(
-            f"data.evaluation: a test of task {task} is a demonstration of task {known}"
+            f"data.evaluation: a test of task {task} is a demonstration of task {other}"
         )
     return [s for s in training if s.task.id not in leaking], sorted(leaking)
 
@@ -199,8 +198,8 @@ def _write(folder: Path, config: DataConfig, selected: list[Selected], say: Say)
     identity = {name: value for name, value in plain(config).items() if name != "canvas"}
     fingerprint = hashlib.sha256(json.dumps(identity).encode())
     for s in selected:
-        seen = s.task.without_answers() if s.purpose == "evaluation" else s.task
-        fingerprint.update(f"{s.purpose} {s.task.id} {seen.content_hash}\n".encode())
+        visible = s.task.without_answers() if s.purpose == "evaluation" else s.task
+        fingerprint.update(f"{s.purpose} {s.task.id} {visible.content_hash}\n".encode())
     count = 0
     with pq.ParquetWriter(folder / VARIANTS_FILE, VARIANTS, compression="zstd") as writer:
         for batch in _variant_batches(config, selected, say):
@@ -234,19 +233,19 @@ def _write(folder: Path, config: DataConfig, selected: list[Selected], say: Say)
 def _variant_batches(
     config: DataConfig, selected: list[Selected], say: Say
 ) -> Iterator[pa.RecordBatch]:
-    """The plan in row groups of at least VARIANTS_PER_ROW_GROUP rows, saying how far it is."""
+    """Yield the variants in row groups of at least VARIANTS_PER_ROW_GROUP rows."""
     parts: list[tuple[int, Any, Any]] = []
-    held = 0
+    rows = 0
     for row, s in enumerate(selected):
-        # A generator of its own for every task: its variants do not depend on its neighbours.
+        # One generator per task, so that its variants do not depend on other tasks.
         key = int.from_bytes(hashlib.sha256(s.task.id.encode()).digest()[:8], "little")
         rng = np.random.default_rng([config.seed, key])
         dihedral, colours = draw_variants(s.task.without_answers(), config.variants, rng)
         parts.append((row, dihedral, colours))
-        held += len(dihedral)
-        if held >= VARIANTS_PER_ROW_GROUP or row == len(selected) - 1:
+        rows += len(dihedral)
+        if rows >= VARIANTS_PER_ROW_GROUP or row == len(selected) - 1:
             yield _variant_batch(parts)
-            parts, held = [], 0
+            parts, rows = [], 0
         if (row + 1) % 100 == 0 or row == len(selected) - 1:
             say(f"variants: {row + 1}/{len(selected)} tasks")
 
@@ -262,19 +261,19 @@ def _variant_batch(parts: list[tuple[int, Any, Any]]) -> pa.RecordBatch:
 
 
 def _check_replaceable(folder: Path) -> None:
-    """UserError if `folder`, which is about to be replaced, holds what is not a dataset's."""
+    """Raise UserError if `folder` contains files that do not belong to a dataset."""
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: a file is where the dataset's folder should be")
+        raise UserError(f"{folder}: is a file; name a folder in paths.data")
     others = sorted(set(storage.names(folder)) - {"dataset.json", *TABLES})
     if others:
         raise UserError(
-            f"{folder}: holds {', '.join(others[:5])}, which is no dataset and would be lost;"
+            f"{folder}: contains {', '.join(others[:5])}, which is not part of a dataset;"
             " name another folder in paths.data"
         )
 
 
 def _replace(partial: Path, folder: Path) -> None:
-    """Put the new folder in place of the old one, which is out of the way for one rename only."""
+    """Replace the old folder by the new one; `folder` is absent only between two renames."""
     old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
     if folder.exists():
         os.replace(folder, old)
@@ -283,13 +282,13 @@ def _replace(partial: Path, folder: Path) -> None:
 
 
 def _existing(folder: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
-    """dataset.json in `folder` if it was made by this recipe and its tables are whole."""
+    """Return dataset.json of `folder` if it has this recipe and its tables are intact."""
     try:
         meta = read_meta(folder)
-        whole = all(digest(folder / name) == value for name, value in meta["files"].items())
+        intact = all(digest(folder / name) == value for name, value in meta["files"].items())
     except (UserError, OSError):
         return None
-    return meta if whole and all(meta[key] == recipe[key] for key in recipe) else None
+    return meta if intact and all(meta[key] == recipe[key] for key in recipe) else None
 
 
 def _sources(config: DataConfig) -> list[str]:

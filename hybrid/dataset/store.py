@@ -1,9 +1,9 @@
-"""The dataset folder: tasks and variants as Parquet, and `dataset.json` that says what they are.
+"""The dataset folder: tasks and variants as Parquet, described by `dataset.json`.
 
-    tasks.parquet      one row a task: id, purpose, source, grids
-    variants.parquet   one row a variant: task (row of tasks.parquet), dihedral, colours; a *plan*,
-                       the grids are made when a row is needed
-    dataset.json       counts, seed, source versions, fingerprint, digests of the two files, its own
+    tasks.parquet      one row per task: id, purpose, source, grids
+    variants.parquet   one row per variant: task (row of tasks.parquet), dihedral, colours; the
+                       grids are computed when a row is needed
+    dataset.json       config, counts, source versions, fingerprint, SHA-256 of each file
 
 The puzzle identifier of variant row v is v + 1; identifier 0 is the blank puzzle.
 """
@@ -30,8 +30,8 @@ from hybrid.errors import UserError
 
 FORMAT = 1
 SMALLER_CANVASES = (11, 16, 21)
-"""Sides that `data.canvas=bucketed` puts tasks on, beside data.max_side: grids up to 10, 15 and 20,
-with the border that ends them."""
+"""Canvas sides of `data.canvas=bucketed` in addition to data.max_side: grids up to 10, 15 and 20,
+with their EOS border."""
 TABLES = ("tasks.parquet", "variants.parquet")
 Purpose = Literal["training", "evaluation"]
 
@@ -52,7 +52,7 @@ VARIANTS = pa.schema([("task", pa.int32()), ("dihedral", pa.uint8()), ("colours"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Dataset:
-    """Everything in the folder, in memory: the plan is small (16 bytes a variant)."""
+    """A prepared dataset in memory (16 bytes per variant)."""
 
     folder: Path
     meta: dict[str, Any]
@@ -60,18 +60,17 @@ class Dataset:
     tasks: tuple[Task, ...]
     purposes: tuple[Purpose, ...]
     task_of: npt.NDArray[np.int32]
-    """[V] row in `tasks` of each variant; variants of a task are together, the original first."""
+    """[V] row in `tasks` of each variant; a task's variants are consecutive, the original first."""
     dihedral: npt.NDArray[np.uint8]
-    """[V]"""
+    """[V] index into DIHEDRAL of each variant."""
     colours: npt.NDArray[np.uint8]
-    """[V, 10]"""
+    """[V, 10] new colour of each colour, per variant."""
 
     @staticmethod
     def open(folder: str | Path, *, answers: bool = False) -> Dataset:
-        """The dataset in `folder`; UserError if it is missing, incomplete or was changed.
+        """Load the dataset in `folder`; raise UserError if it is missing, incomplete or changed.
 
-        Evaluation tasks come without their test outputs unless `answers` are asked for, which is
-        for scoring alone.
+        Evaluation tasks have no test outputs unless `answers` is true, which only scoring may set.
         """
         folder = Path(folder)
         fetch(folder)
@@ -92,59 +91,57 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of everything a model can see except `canvas_mode`, without evaluation answers."""
+        """Digest of all that a model can see except `canvas_mode`; excludes evaluation answers."""
         return str(self.meta["fingerprint"])
 
     @property
     def canvas(self) -> int:
-        """Side of the largest canvas that grids are put on."""
+        """Side of the largest canvas, `data.max_side`."""
         return int(self.meta["config"]["max_side"])
 
     @property
     def canvas_mode(self) -> str:
-        """`data.canvas` of when it was prepared."""
+        """`data.canvas` that the dataset was prepared with."""
         return str(self.meta["config"].get("canvas", "full"))
 
     def check_same_recipe(self, config: DataConfig) -> None:
-        """UserError if `config` describes another dataset: only preparing listens to it."""
-        made = {"canvas": "full", **self.meta["config"]}
+        """Raise UserError if `data.*` differs from the config the dataset was prepared with."""
+        prepared = {"canvas": "full", **self.meta["config"]}
         differs = [
-            f"data.{key} is {made[key]!r} there, {value!r} here"
+            f"data.{key} is {prepared[key]!r} there, {value!r} here"
             for key, value in plain(config).items()
-            if key in made and made[key] != value
+            if key in prepared and prepared[key] != value
         ]
         if differs:
             raise UserError(
-                f"{storage.uri(self.folder)}: {'; '.join(differs)}; say what is there, or"
-                " prepare another paths.data"
+                f"{storage.uri(self.folder)}: {'; '.join(differs)}; change data.* to match,"
+                " or prepare another paths.data"
             )
 
     @property
     def bucketed(self) -> bool:
-        """Whether small tasks stand on smaller canvases."""
+        """Whether small tasks are on smaller canvases."""
         return self.canvas_mode == "bucketed"
 
     @cached_property
     def sides(self) -> npt.NDArray[np.uint8]:
-        """[T] side of each task's canvas, which all its grids but unknown answers fit, with the
-        border that a larger canvas would show as well.
-        """
+        """[T] side of each task's canvas: fits its grids and EOS border, except unknown answers."""
         full = np.full(len(self.tasks), self.canvas, np.uint8)
         if not self.bucketed:
             return full
         sides = np.array([side for side in SMALLER_CANVASES if side < self.canvas] + [self.canvas])
-        # An answer must not be read off the size of a canvas, also by who may see answers.
+        # The canvas must not reveal an answer, even if the dataset was opened with answers.
         largest = [
-            _largest(task if purpose == "training" else task.without_answers())
+            (task if purpose == "training" else task.without_answers()).max_side
             for task, purpose in zip(self.tasks, self.purposes, strict=True)
         ]
-        wanted = np.minimum(np.array(largest) + 1, self.canvas)
-        found: npt.NDArray[np.uint8] = sides[np.searchsorted(sides, wanted)].astype(np.uint8)
-        return found
+        min_sides = np.minimum(np.array(largest) + 1, self.canvas)
+        smallest: npt.NDArray[np.uint8] = sides[np.searchsorted(sides, min_sides)].astype(np.uint8)
+        return smallest
 
     @property
     def num_identifiers(self) -> int:
-        """Rows of the puzzle table that fits this dataset."""
+        """Number of rows of the puzzle table: one per variant and the blank puzzle."""
         return len(self.task_of) + 1
 
     @cached_property
@@ -158,57 +155,57 @@ class Dataset:
         return tuple(t for t, purpose in enumerate(self.purposes) if purpose == "evaluation")
 
     def training_pairs(self, task: int) -> tuple[Pair, ...]:
-        """The pairs of a task that may be trained on: of an evaluation task its demonstrations."""
+        """Return the pairs to train on; for an evaluation task, its demonstrations."""
         if self.purposes[task] == "evaluation":
             return self.demonstrations(task)
         return tuple(pair for pair in self.tasks[task].pairs if pair.output is not None)
 
     def demonstrations(self, task: int) -> tuple[Pair, ...]:
-        """The demonstrations of a task that may be shown: without those that are held out."""
-        shown = self.tasks[task].train
+        """Return the demonstrations of a task, without held-out ones."""
+        train = self.tasks[task].train
         if self.purposes[task] == "evaluation":
-            return shown[: len(shown) - self.meta["config"]["hold_out_demos"]]
-        return shown
+            return train[: len(train) - self.meta["config"]["hold_out_demos"]]
+        return train
 
     def held_out(self, task: int) -> tuple[Pair, ...]:
-        """The demonstrations of an evaluation task that nobody is shown or trained on."""
+        """Return the demonstrations excluded from training and prompts by `hold_out_demos`."""
         return self.tasks[task].train[len(self.demonstrations(task)) :]
 
     def problem(self, variant: int, pair: Pair) -> Task:
-        """What a reader is shown of a pair: the task's other demonstrations, and its input.
+        """Return the language model's input for a pair: the other demonstrations and its input.
 
-        In the variant's orientation and colours; the output of the pair is not in it.
+        Grids have the variant's orientation and colours. The pair's output is not included.
         """
         task = int(self.task_of[variant])
-        view = self.augmentation(variant)
-        others = tuple(shown for shown in self.demonstrations(task) if shown != pair)
-        asked = Pair(input=pair.input, output=None)
-        return view.apply_task(Task(id=view.task, train=others, test=(asked,)))
+        augmentation = self.augmentation(variant)
+        others = tuple(other for other in self.demonstrations(task) if other != pair)
+        test = Pair(input=pair.input, output=None)
+        return augmentation.apply_task(Task(id=augmentation.task, train=others, test=(test,)))
 
     def problems(self, variants: int | None) -> list[tuple[int, int]]:
-        """(variant, number of the pair in its task's `pairs`) of all that a reader can be shown.
+        """List all possible problems as (variant, index of the pair in its task's `pairs`).
 
-        Of the first `variants` variants of each task: training pairs, and tests that are asked.
+        Covers training pairs and evaluated tests of each task's first `variants` variants, or all.
         """
-        found = []
-        for task, pairs in enumerate(self.tasks):
-            trained = self.training_pairs(task)
+        problems = []
+        for row, task in enumerate(self.tasks):
+            trained = self.training_pairs(row)
             numbers = [
                 number
-                for number, pair in enumerate(pairs.pairs)
-                if any(pair is other for other in trained) or number >= len(pairs.train)
+                for number, pair in enumerate(task.pairs)
+                if any(pair is other for other in trained) or number >= len(task.train)
             ]
-            first, stop = (int(v) for v in self.first_variant[task : task + 2])
+            first, stop = (int(v) for v in self.first_variant[row : row + 2])
             for variant in range(first, min(stop, first + (variants or stop))):
-                found += [(variant, number) for number in numbers]
-        return found
+                problems += [(variant, number) for number in numbers]
+        return problems
 
     def problem_at(self, variant: int, number: int) -> Task:
-        """The `problem` of a pair of the variant's task, by its number."""
+        """Return the `problem` of the variant's task for `pairs[number]`."""
         return self.problem(variant, self.tasks[int(self.task_of[variant])].pairs[number])
 
     def augmentation(self, variant: int) -> Augmentation:
-        """The augmentation that variant row `variant` names."""
+        """Return the augmentation of row `variant`."""
         return Augmentation(
             task=self.tasks[int(self.task_of[variant])].id,
             dihedral=int(self.dihedral[variant]),
@@ -216,13 +213,8 @@ class Dataset:
         )
 
 
-def _largest(task: Task) -> int:
-    """Longest side of a grid of the task."""
-    return int(max(max(grid.shape) for pair in task.pairs for grid in pair.grids))
-
-
 def grids_to_arrow(task: Task, purpose: Purpose, source: str) -> dict[str, Any]:
-    """One row of tasks.parquet."""
+    """Convert a task to a row of tasks.parquet."""
 
     def grid(value: Grid | None) -> dict[str, Any] | None:
         if value is None:
@@ -243,19 +235,19 @@ def grids_to_arrow(task: Task, purpose: Purpose, source: str) -> dict[str, Any]:
 
 
 def plain(config: DataConfig) -> dict[str, Any]:
-    """As it stands in dataset.json."""
+    """Return the config as stored in dataset.json."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
 
 
 def fetch(folder: Path) -> None:
-    """Bring the copy of a dataset that lies in a store up to date."""
+    """Update the local copy of a dataset in an object store."""
     if not storage.is_cached(folder):
         return
     storage.download(folder / "dataset.json")
     try:
         files = read_meta(folder)["files"]
     except UserError:
-        return  # whoever reads it will be told
+        return  # the caller gets this error when it reads dataset.json
     for name in TABLES:
         path = folder / name
         if not path.exists() or digest(path) != files.get(name):
@@ -263,19 +255,19 @@ def fetch(folder: Path) -> None:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_meta(folder: Path, meta: dict[str, Any]) -> None:
-    """Write dataset.json: `meta`, sealed with a digest of it."""
+    """Write dataset.json: `meta` and its SHA-256."""
     sealed = {**meta, "sha256": _meta_digest(meta)}
     (folder / "dataset.json").write_text(json.dumps(sealed, indent=1) + "\n")
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """What `write_meta` was given; UserError if it is missing or was changed."""
+    """Return the `meta` of `write_meta`; raise UserError if it is missing or changed."""
     path = folder / "dataset.json"
     try:
         meta = json.loads(path.read_bytes())
@@ -295,8 +287,8 @@ def _meta_digest(meta: dict[str, Any]) -> str:
 
 
 def _tasks(table: pa.Table, answers: bool) -> Iterator[Task]:
-    for some in table.to_batches(max_chunksize=1024):  # as Python objects they are ten times larger
-        for row in some.to_pylist():
+    for batch in table.to_batches(max_chunksize=1024):  # Python objects take 10x the memory
+        for row in batch.to_pylist():
             yield _task(row, answers)
 
 
@@ -308,12 +300,12 @@ def _task(row: dict[str, Any], answers: bool) -> Task:
         return cells.reshape(value["height"], value["width"])
 
     def pairs(values: list[dict[str, Any]]) -> tuple[Pair, ...]:
-        found = []
+        result = []
         for value in values:
-            given = grid(value["input"])
-            assert given is not None
-            found.append(Pair(input=given, output=grid(value["output"])))
-        return tuple(found)
+            input_grid = grid(value["input"])
+            assert input_grid is not None
+            result.append(Pair(input=input_grid, output=grid(value["output"])))
+        return tuple(result)
 
     task = Task(id=row["id"], train=pairs(row["train"]), test=pairs(row["test"]))
     return task if answers or row["purpose"] == "training" else task.without_answers()

@@ -1,4 +1,4 @@
-"""No test that will be asked is trained on, whatever its task is called."""
+"""Contamination checks: no evaluated test pair is trained on, whatever its task id."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def config_of(
         ("arc2-training", "arc2-evaluation", []),
     ],
 )
-def test_the_measured_overlaps_are_dropped_and_listed(
+def test_known_overlaps_are_dropped_and_reported(
     training: str, evaluation: str, leaking: int | list[str]
 ) -> None:
     lines: list[str] = []
@@ -52,14 +52,14 @@ def test_the_measured_overlaps_are_dropped_and_listed(
         assert "have a test pair among the training pairs" in lines[2]
 
 
-def test_arc2_training_is_refused_for_arc1_evaluation(tmp_path: Path) -> None:
+def test_training_on_arc2_for_arc1_evaluation_raises_a_user_error(tmp_path: Path) -> None:
     data = config_of("arc2-training", "arc1-evaluation", "refuse")
-    with pytest.raises(UserError, match=r"376 tasks hold a test .* data\.on_overlap=drop"):
+    with pytest.raises(UserError, match=r"376 tasks contain a test .* data\.on_overlap=drop"):
         prepare(data, tmp_path / "d", lambda line: None)
     assert not (tmp_path / "d").exists()
 
 
-def test_equal_content_is_found_under_another_id(tmp_path: Path, arc1: Arc) -> None:
+def test_equal_content_under_another_id_is_found(tmp_path: Path, arc1: Arc) -> None:
     assert arc1["40853293"].content_hash == arc1["070dd51e"].content_hash
     write_tasks(tmp_path / "training", [arc1["40853293"], arc1["74dd1130"]])
     write_tasks(tmp_path / "evaluation", [arc1["070dd51e"]])
@@ -70,14 +70,14 @@ def test_equal_content_is_found_under_another_id(tmp_path: Path, arc1: Arc) -> N
     assert [task.id for task in Dataset.open(tmp_path / "d").tasks] == ["74dd1130", "070dd51e"]
 
 
-def test_what_is_dropped_does_not_depend_on_the_answers(tmp_path: Path, arc1: Arc) -> None:
+def test_dropped_tasks_do_not_depend_on_the_answers(tmp_path: Path, arc1: Arc) -> None:
     write_tasks(tmp_path / "training", [arc1["40853293"], arc1["74dd1130"]])
     write_tasks(tmp_path / "evaluation", [poison(arc1["070dd51e"])])
     data = config_of(tmp_path / "training", tmp_path / "evaluation")
     assert prepare(data, tmp_path / "d", lambda line: None)["excluded"]["leaking"] == ["40853293"]
 
 
-def test_one_id_for_two_tasks_is_refused(tmp_path: Path, arc1: Arc) -> None:
+def test_one_id_for_two_tasks_raises_a_user_error(tmp_path: Path, arc1: Arc) -> None:
     other = replace(arc1["74dd1130"], id="25ff71a9")
     write_tasks(tmp_path / "training", [other])
     write_tasks(tmp_path / "evaluation", [arc1["25ff71a9"]])
@@ -90,28 +90,32 @@ def test_one_id_for_two_tasks_is_refused(tmp_path: Path, arc1: Arc) -> None:
         prepare(twice, tmp_path / "d", print)
 
 
-def test_a_task_in_another_order_is_the_same_task() -> None:
-    """ARC-2 has 391 tasks of ARC-1 with their demonstrations shuffled."""
+def test_a_task_with_reordered_pairs_is_the_same_task() -> None:
+    """ARC-2 contains 391 ARC-1 tasks, some with reordered demonstrations."""
     both = DataConfig(training=("arc1-training", "arc2-training"), evaluation=())
     assert len(select(both, lambda line: None)[0]) == 400 + 1000 - 391
 
 
-def test_a_test_among_anothers_demonstrations_is_refused(tmp_path: Path, arc1: Arc) -> None:
+def test_a_test_among_another_tasks_demonstrations_raises_a_user_error(
+    tmp_path: Path, arc1: Arc
+) -> None:
     victim, other = arc1["25ff71a9"], arc1["74dd1130"]
-    thief = replace(other, id="thief", train=(*other.train, victim.test[1]))
-    write_tasks(tmp_path / "evaluation", [victim, thief])
+    leaking = replace(other, id="leaking", train=(*other.train, victim.test[1]))
+    write_tasks(tmp_path / "evaluation", [victim, leaking])
     data = DataConfig(training=(), evaluation=(str(tmp_path / "evaluation"),), variants=0)
-    with pytest.raises(UserError, match="a test of task 25ff71a9 is a demonstration of task thief"):
+    with pytest.raises(
+        UserError, match="a test of task 25ff71a9 is a demonstration of task leaking"
+    ):
         prepare(data, tmp_path / "d", lambda line: None)
 
 
-def test_unknown_answers_are_not_taken_for_known_ones(tmp_path: Path, arc1: Arc) -> None:
-    """6ea4a07e asks for an input that 8719f442 shows with an output of its own."""
+def test_equal_inputs_with_unknown_answers_are_not_contamination(tmp_path: Path, arc1: Arc) -> None:
+    """A test input of 6ea4a07e is also in 8719f442, with another output."""
     tasks = [arc1["6ea4a07e"], arc1["8719f442"]]
-    shown: set[Pair] = set(tasks[1].train)
-    asked = tasks[0].test
-    assert not shown & set(asked)
-    assert {p.input.tobytes() for p in shown} & {p.input.tobytes() for p in asked}
+    train: set[Pair] = set(tasks[1].train)
+    test = tasks[0].test
+    assert not train & set(test)
+    assert {p.input.tobytes() for p in train} & {p.input.tobytes() for p in test}
     write_tasks(tmp_path / "evaluation", [task.without_answers() for task in tasks])
     data = DataConfig(training=(), evaluation=(str(tmp_path / "evaluation"),), variants=0)
     assert prepare(data, tmp_path / "d", lambda line: None)["counts"]["tasks"] == 2

@@ -1,4 +1,4 @@
-"""What prepare writes, what it leaves out, and that no answer has a say in either."""
+"""Dataset preparation: content, exclusions, and independence from evaluation answers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def variants_of(dataset: Dataset, task: str) -> list[str]:
     return [augmentation.name for augmentation in names if augmentation.task == task]
 
 
-def test_same_config_same_bytes_other_seed_other_variants(
+def test_the_same_config_gives_the_same_bytes_and_another_seed_other_variants(
     configure: Configure, tmp_path: Path
 ) -> None:
     data = configure().data
@@ -53,7 +53,7 @@ def test_same_config_same_bytes_other_seed_other_variants(
         assert variants_of(a, task) != variants_of(c, task)
 
 
-def test_another_task_leaves_the_variants_of_a_task_unchanged(
+def test_adding_a_task_does_not_change_the_variants_of_others(
     configure: Configure, tmp_path: Path, arc1: Arc
 ) -> None:
     data = configure().data
@@ -61,12 +61,12 @@ def test_another_task_leaves_the_variants_of_a_task_unchanged(
     write_tasks(tmp_path / "training", [arc1["0d3d703e"]])
     prepare(data, tmp_path / "after", quiet)
     before, after = (Dataset.open(tmp_path / name) for name in ("before", "after"))
-    assert after.tasks[0].id == "0d3d703e", "the new task is not in front of the others"
+    assert after.tasks[0].id == "0d3d703e", "the new task should come first"
     for task in TRAINED + ASKED:
         assert variants_of(before, task) == variants_of(after, task)
 
 
-def test_a_plan_in_many_row_groups_reads_as_one(
+def test_variants_do_not_depend_on_the_row_group_size(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = configure().data
@@ -79,7 +79,7 @@ def test_a_plan_in_many_row_groups_reads_as_one(
         assert np.array_equal(getattr(a, name), getattr(b, name)), name
 
 
-def test_the_original_leads_and_identifiers_are_variants_and_the_blank(
+def test_the_original_is_the_first_variant_and_identifiers_include_the_blank(
     configure: Configure, tmp_path: Path
 ) -> None:
     meta = prepare(configure().data, tmp_path / "d", quiet)
@@ -94,17 +94,17 @@ def test_the_original_leads_and_identifiers_are_variants_and_the_blank(
     assert stop == len(dataset.task_of)
 
 
-def test_tasks_come_back_as_they_were(configure: Configure, tmp_path: Path, arc1: Arc) -> None:
+def test_tasks_round_trip_through_the_dataset(
+    configure: Configure, tmp_path: Path, arc1: Arc
+) -> None:
     prepare(configure().data, tmp_path / "d", quiet)
     dataset = Dataset.open(tmp_path / "d", answers=True)
     assert list(dataset.tasks) == [arc1[task.id] for task in dataset.tasks]
     assert [dataset.tasks[t].id for t in dataset.evaluated] == sorted(ASKED)
 
 
-def test_answers_are_not_even_in_memory_unless_asked_for(
-    configure: Configure, tmp_path: Path
-) -> None:
-    """Training workers and Ray Data tasks open the dataset too; only scoring asks for answers."""
+def test_answers_are_not_loaded_by_default(configure: Configure, tmp_path: Path) -> None:
+    """Training workers and Ray Data tasks also open the dataset; only scoring loads answers."""
     prepare(configure().data, tmp_path / "d", quiet)
     dataset = Dataset.open(tmp_path / "d")
     tests = [pair for task in dataset.evaluated for pair in dataset.tasks[task].test]
@@ -113,7 +113,7 @@ def test_answers_are_not_even_in_memory_unless_asked_for(
     assert all(pair.output is not None for task in trained for pair in dataset.tasks[task].test)
 
 
-def test_a_task_with_few_variants_has_few_rows(tmp_path: Path, arc1: Arc) -> None:
+def test_a_task_with_few_distinct_variants_has_few_rows(tmp_path: Path, arc1: Arc) -> None:
     write_tasks(tmp_path / "tasks", [arc1["332efdb3"], arc1["74dd1130"]])
     data = DataConfig(training=(str(tmp_path / "tasks"),), evaluation=(), variants=20)
     prepare(data, tmp_path / "d", quiet)
@@ -136,10 +136,10 @@ def test_tests_of_evaluation_tasks_are_not_training_pairs(
     assert meta["counts"]["evaluation_outputs"] == 5
 
 
-def test_no_answer_shows_in_anything_but_the_answers(
+def test_answers_do_not_affect_what_a_model_sees(
     configure: Configure, tmp_path: Path, arc1: Arc
 ) -> None:
-    """Garbage for every answer, larger than the canvas too: the model's world is the same."""
+    """Replace every answer by garbage, some larger than the canvas, and compare the datasets."""
     data = configure().data
     prepare(data, tmp_path / "clean", quiet)
     garbage = [poison(arc1[task]) for task in ASKED]
@@ -148,7 +148,7 @@ def test_no_answer_shows_in_anything_but_the_answers(
     prepare(data, tmp_path / "poisoned", quiet)
     clean, poisoned = (Dataset.open(tmp_path / name) for name in ("clean", "poisoned"))
     answers = [Dataset.open(d.folder, answers=True).tasks for d in (clean, poisoned)]
-    assert answers[0] != answers[1], "nothing was poisoned"
+    assert answers[0] != answers[1], "the answers should differ"
     variants = [content(d.folder)["variants.parquet"] for d in (clean, poisoned)]
     assert variants[0] == variants[1]
     assert clean.fingerprint == poisoned.fingerprint
@@ -159,22 +159,22 @@ def test_no_answer_shows_in_anything_but_the_answers(
     assert all(np.array_equal(rows[0][name], rows[1][name]) for name in rows[0])
 
 
-def test_what_does_not_fit_the_canvas_is_counted_and_answers_do_not_decide(
+def test_too_large_tasks_are_counted_and_answers_do_not_matter(
     configure: Configure, tmp_path: Path, arc1: Arc
 ) -> None:
-    """Too large are 49d1d64f, d631b094 and be03b35f, and the garbage for answers of 25ff71a9."""
+    """49d1d64f, d631b094, be03b35f and the garbage answers of 25ff71a9 do not fit side 3."""
     lines: list[str] = []
     write_tasks(tmp_path / "evaluation", [arc1["be03b35f"], poison(arc1["25ff71a9"])])
     meta = prepare(configure(data={"max_side": 3}).data, tmp_path / "d", lines.append)
     assert [task.id for task in Dataset.open(tmp_path / "d").tasks] == ["74dd1130", *sorted(ASKED)]
     assert meta["excluded"] == {"too_large": 3, "leaking": []}
     assert meta["evaluation"] == {"evaluated": 3, "of": 4}
-    assert "3 of 7 tasks do not fit a canvas of side 3: left out" in lines
+    assert "3 of 7 tasks excluded: larger than data.max_side=3" in lines
     with pytest.raises(UserError, match=r"data\.max_side=1: no task fits"):
         prepare(configure(data={"max_side": 1}).data, tmp_path / "d", quiet)
 
 
-def test_a_rerun_says_so_and_touches_nothing(configure: Configure, tmp_path: Path) -> None:
+def test_a_rerun_reports_it_and_changes_no_file(configure: Configure, tmp_path: Path) -> None:
     data, lines = configure().data, list[str]()
     first = prepare(data, tmp_path / "d", quiet)
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "d").iterdir()}
@@ -186,27 +186,27 @@ def test_a_rerun_says_so_and_touches_nothing(configure: Configure, tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["tasks.parquet", "variants.parquet"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_a_damaged_table_is_named_and_made_again(
+def test_a_damaged_table_is_reported_and_prepared_again(
     configure: Configure, tmp_path: Path, name: str, damage: str
 ) -> None:
     data = configure().data
     prepare(data, tmp_path / "d", quiet)
-    whole, path = content(tmp_path / "d"), tmp_path / "d" / name
-    middle = len(whole[name]) // 2
+    intact, path = content(tmp_path / "d"), tmp_path / "d" / name
+    middle = len(intact[name]) // 2
     if damage == "flip":
-        flipped = bytes([whole[name][middle] ^ 1])
-        path.write_bytes(whole[name][:middle] + flipped + whole[name][middle + 1 :])
+        flipped = bytes([intact[name][middle] ^ 1])
+        path.write_bytes(intact[name][:middle] + flipped + intact[name][middle + 1 :])
     elif damage == "truncate":
-        path.write_bytes(whole[name][:middle])
+        path.write_bytes(intact[name][:middle])
     else:
         path.unlink()
     with pytest.raises(UserError, match=name):
         Dataset.open(tmp_path / "d")
     prepare(data, tmp_path / "d", quiet)
-    assert content(tmp_path / "d") == whole
+    assert content(tmp_path / "d") == intact
 
 
-def test_changed_sources_are_prepared_again(
+def test_changing_a_source_prepares_the_dataset_again(
     configure: Configure, tmp_path: Path, arc1: Arc
 ) -> None:
     data = configure().data
@@ -218,7 +218,7 @@ def test_changed_sources_are_prepared_again(
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_a_killed_prepare_leaves_what_was_there(
+def test_a_killed_prepare_does_not_change_the_folder(
     configure: Configure, tmp_path: Path, start: Start, old: bool
 ) -> None:
     data, folder = configure().data, tmp_path / "d"
@@ -227,8 +227,8 @@ def test_a_killed_prepare_leaves_what_was_there(
     before = content(folder) if old else None
     reached = multiprocessing.get_context("forkserver").Event()
     process = start(prepare, data, folder, StuckAt("variants: 6/6", reached))
-    assert reached.wait(60), "it never said how far it is"
-    assert list(tmp_path.glob(".d.partial-*/variants.parquet")), "nothing half written to kill"
+    assert reached.wait(60), "prepare printed no progress"
+    assert list(tmp_path.glob(".d.partial-*/variants.parquet")), "no partial dataset on disk"
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.join()
@@ -238,26 +238,26 @@ def test_a_killed_prepare_leaves_what_was_there(
     assert content(folder) == content(tmp_path / "undisturbed")
 
 
-def test_a_failed_prepare_cleans_up(
+def test_a_failed_prepare_removes_its_partial_files(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*arguments: object) -> None:
+    def disk_full(*arguments: object) -> None:
         raise OSError("disk full")
 
     data = configure().data
     before = set(tmp_path.iterdir())
-    monkeypatch.setitem(prepare.__globals__, "_replace", full)
+    monkeypatch.setitem(prepare.__globals__, "_replace", disk_full)
     with pytest.raises(OSError, match="disk full"):
         prepare(data, tmp_path / "d", quiet)
     assert set(tmp_path.iterdir()) == before
 
 
-def test_a_folder_of_other_things_is_not_replaced(configure: Configure, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_not_replaced(configure: Configure, tmp_path: Path) -> None:
     data, precious = configure().data, tmp_path / "home" / "thesis.tex"
     precious.parent.mkdir()
     precious.write_text("years of work")
-    with pytest.raises(UserError, match=r"home: holds thesis\.tex, which is no dataset"):
+    with pytest.raises(UserError, match=r"home: contains thesis\.tex, which is not part"):
         prepare(data, precious.parent, quiet)
-    with pytest.raises(UserError, match=r"thesis\.tex: a file is where"):
+    with pytest.raises(UserError, match=r"thesis\.tex: is a file"):
         prepare(data, precious, quiet)
     assert precious.read_text() == "years of work"

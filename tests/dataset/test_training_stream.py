@@ -1,4 +1,4 @@
-"""The order of training rows is a function of (seed, epoch), and each row is what it says."""
+"""The training stream: order as a function of (seed, epoch), and content of the rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hybrid.dataset.stream import Rows, tokenize_pair
 
 Start = Callable[..., BaseProcess]
 
-PARTS = {"front": [0, 1, 2], "far": [1000, 37, 5], "first again": [0]}
+PARTS = {"start": [0, 1, 2], "unordered": [1000, 37, 5], "repeated": [0]}
 
 
 @pytest.fixture
@@ -40,13 +40,13 @@ def epoch_rows(stream: Stream, epoch: int) -> Rows:
 
 
 def on_canvas(tokens: np.ndarray) -> tuple[int, int, np.ndarray]:
-    """Where on the canvas the grid is, and the grid; the row must hold one whole grid."""
+    """Return the offset and the grid of a row, which must contain one complete grid."""
     side = int(len(tokens) ** 0.5)
     canvas = tokens.reshape(side, side)
     top, left = np.argwhere(canvas >= 2).min(axis=0).tolist()
-    moved = np.full((side, side), PAD, np.uint8)
-    moved[: side - top, : side - left] = canvas[top:, left:]
-    return top, left, tokens_to_grid(moved.ravel())
+    corner = np.full((side, side), PAD, np.uint8)
+    corner[: side - top, : side - left] = canvas[top:, left:]
+    return top, left, tokens_to_grid(corner.ravel())
 
 
 def test_rows_do_not_depend_on_process_or_global_generators(
@@ -55,20 +55,20 @@ def test_rows_do_not_depend_on_process_or_global_generators(
     process = start(save_rows, dataset.folder, 7, PARTS, tmp_path / "rows.npz")
     process.join()
     assert process.exitcode == 0
-    there = np.load(tmp_path / "rows.npz")
+    expected = np.load(tmp_path / "rows.npz")
     for seed in (1, 2):
         np.random.seed(seed)
         stream = Stream(dataset, 7)
         for part, positions in reversed(PARTS.items()):
-            here = stream.rows(np.array(positions))
-            assert same(here, {name: there[f"{part}.{name}"] for name in here}), part
+            rows = stream.rows(np.array(positions))
+            assert same(rows, {name: expected[f"{part}.{name}"] for name in rows}), part
 
 
-def three(rows: Rows) -> Iterator[Any]:
+def columns(rows: Rows) -> Iterator[Any]:
     return (rows[name] for name in ("inputs", "labels", "puzzle_identifiers"))
 
 
-def test_epochs_and_seeds_differ(dataset: Dataset) -> None:
+def test_epochs_and_seeds_give_different_rows(dataset: Dataset) -> None:
     a, b = epoch_rows(Stream(dataset, 0), 0), epoch_rows(Stream(dataset, 0), 1)
     c = epoch_rows(Stream(dataset, 1), 0)
     for name in a.keys() - {"side"}:
@@ -76,47 +76,49 @@ def test_epochs_and_seeds_differ(dataset: Dataset) -> None:
 
 
 @pytest.mark.parametrize("epoch", range(6))
-def test_an_epoch_is_every_pair_once_and_one_variant_of_each_task(
+def test_an_epoch_has_every_pair_once_and_one_variant_per_task(
     dataset: Dataset, epoch: int
 ) -> None:
-    """Each row, moved back to the corner, is an augmented training pair of the row's variant."""
+    """Each row is an augmented and translated training pair of its variant."""
     rows = epoch_rows(Stream(dataset, 3), epoch)
-    seen: Counter[tuple[int, Pair]] = Counter()
-    variants, moved = set(), Counter[int]()
-    for inputs, labels, identifier in zip(*three(rows), strict=True):
-        top, left, given_grid = on_canvas(inputs)
+    counts: Counter[tuple[int, Pair]] = Counter()
+    variants, untranslated = set(), Counter[int]()
+    for inputs, labels, identifier in zip(*columns(rows), strict=True):
+        top, left, input_grid = on_canvas(inputs)
         *offset, answer = on_canvas(labels)
-        assert [top, left] == offset, "input and output were moved apart"
+        assert [top, left] == offset, "input and output have different offsets"
         augmentation = dataset.augmentation(int(identifier) - 1)
         task = int(dataset.task_of[identifier - 1])
-        pair = Pair(input=augmentation.invert(given_grid), output=augmentation.invert(answer))
-        seen[task, pair] += 1
+        pair = Pair(input=augmentation.invert(input_grid), output=augmentation.invert(answer))
+        counts[task, pair] += 1
         variants.add(int(identifier))
-        moved[int(identifier)] += (top, left) == (0, 0)
+        untranslated[int(identifier)] += (top, left) == (0, 0)
         expected = tokenize_pair(pair, augmentation, 6, (top, left))
         assert np.array_equal(inputs, expected[0]) and np.array_equal(labels, expected[1])
-    every = [(t, p) for t in range(len(dataset.tasks)) for p in dataset.training_pairs(t)]
-    assert seen == Counter(every)
+    all_pairs = [(t, p) for t in range(len(dataset.tasks)) for p in dataset.training_pairs(t)]
+    assert counts == Counter(all_pairs)
     assert len(variants) == len(dataset.tasks)
-    assert all(moved[identifier] >= 1 for identifier in variants), "a variant always moved"
+    assert all(untranslated[identifier] >= 1 for identifier in variants)
 
 
-def test_translations_reach_every_place_that_both_grids_fit(dataset: Dataset) -> None:
-    """Of d037b0a7 all grids are 3 x 3: 16 places. Those of d631b094 are wide or tall."""
+def test_translations_reach_every_offset_that_fits_both_grids(dataset: Dataset) -> None:
+    """Grids of d037b0a7 are 3 x 3 and have 16 offsets; those of d631b094 are wide or tall."""
     stream = Stream(dataset, 0)
-    places: dict[str, set[tuple[int, int]]] = {"d037b0a7": set(), "d631b094": set()}
+    offsets: dict[str, set[tuple[int, int]]] = {"d037b0a7": set(), "d631b094": set()}
     for epoch in range(60):
         rows = epoch_rows(stream, epoch)
         for labels, identifier in zip(rows["labels"], rows["puzzle_identifiers"], strict=True):
             task = dataset.tasks[int(dataset.task_of[int(identifier) - 1])].id
-            if task in places:
-                places[task].add(on_canvas(labels)[:2])
-    assert places["d037b0a7"] == {(r, c) for r in range(4) for c in range(4)}
-    assert {r for r, _ in places["d631b094"]} == {c for _, c in places["d631b094"]} == {0, 1, 2, 3}
+            if task in offsets:
+                offsets[task].add(on_canvas(labels)[:2])
+    assert offsets["d037b0a7"] == {(r, c) for r in range(4) for c in range(4)}
+    assert (
+        {r for r, _ in offsets["d631b094"]} == {c for _, c in offsets["d631b094"]} == {0, 1, 2, 3}
+    )
 
 
-def test_variants_and_order_are_drawn_evenly(dataset: Dataset) -> None:
-    """Every variant has its turn, and no task always goes first."""
+def test_all_variants_and_all_first_tasks_are_drawn(dataset: Dataset) -> None:
+    """Every variant is drawn, and every task comes first in some epoch."""
     stream = Stream(dataset, 0)
     epochs = [epoch_rows(stream, epoch)["puzzle_identifiers"] for epoch in range(120)]
     assert set(np.concatenate(epochs).tolist()) == set(range(1, dataset.num_identifiers))
@@ -128,7 +130,7 @@ def test_variants_and_order_are_drawn_evenly(dataset: Dataset) -> None:
     deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.data())
-def test_the_workers_rounds_together_are_the_single_workers(
+def test_rounds_of_all_workers_equal_those_of_a_single_worker(
     dataset: Dataset, data: st.DataObject
 ) -> None:
     workers = data.draw(st.integers(1, 4))
@@ -136,28 +138,28 @@ def test_the_workers_rounds_together_are_the_single_workers(
     first, count = data.draw(st.integers(0, 200)), data.draw(st.integers(1, 4))
     total = workers * share
     stream = Stream(dataset, 5)
-    whole = stream.rounds(first, count, range(total), total)
+    single = stream.rounds(first, count, range(total), total)
     parts = [
         stream.rounds(first, count, range(w * share, (w + 1) * share), total)
         for w in range(workers)
     ]
-    for name, values in whole.items():
+    for name, values in single.items():
         of_slot = values.reshape(count, total, -1)
         joined = [part[name].reshape(count, share, -1) for part in parts]
         assert np.array_equal(of_slot, np.concatenate(joined, axis=1))
 
 
-def test_all_slots_together_take_every_position_once(dataset: Dataset) -> None:
+def test_all_slots_together_read_every_position_once(dataset: Dataset) -> None:
     stream = Stream(dataset, 5)
-    taken = stream.rounds(0, len(stream), range(4), 4)
-    assert same(taken, stream.rows(np.arange(4 * len(stream))))
+    rows = stream.rounds(0, len(stream), range(4), 4)
+    assert same(rows, stream.rows(np.arange(4 * len(stream))))
 
 
-def test_original_pairs_are_the_unmoved_training_pairs(dataset: Dataset) -> None:
+def test_original_pairs_are_the_untranslated_training_pairs(dataset: Dataset) -> None:
     rows = Stream(dataset, 0).original_pairs(10**6)
     pairs = [(t, p) for t in range(len(dataset.tasks)) for p in dataset.training_pairs(t)]
     assert len(rows["labels"]) == len(pairs)
-    for (task, pair), inputs, labels, identifier in zip(pairs, *three(rows), strict=True):
+    for (task, pair), inputs, labels, identifier in zip(pairs, *columns(rows), strict=True):
         assert Pair(input=tokens_to_grid(inputs), output=tokens_to_grid(labels)) == pair
         assert dataset.augmentation(int(identifier) - 1).name == dataset.tasks[task].id
     assert len(Stream(dataset, 0).original_pairs(3)["labels"]) == 3
