@@ -296,7 +296,7 @@ CONFIGS = {
 OUTPUTS = {
     "dataset below a file": override("paths.data=exp.yaml/data", "exp.yaml", job="prepare"),
     "dataset is a file": override("paths.data=exp.yaml", "exp.yaml", job="prepare"),
-    "dataset is something else": override("paths.data=tasks", "tasks: holds", job="prepare"),
+    "dataset is something else": override("paths.data=tasks", "tasks: contains", job="prepare"),
     "dataset in /proc": override("paths.data=/proc/nowhere/x", "/proc/nowhere", job="prepare"),
     "run below a file": override("paths.runs=exp.yaml", "exp.yaml/exp"),
     "run is a file": Case(
@@ -496,7 +496,7 @@ HYBRIDS = {
     ),
     "none held out": hybrid("feedback.source=demos", "no demonstration was held out"),
     "nobody to compare with": hybrid(
-        "evaluation.variants=1", "feedback.source=vote", "one view", also=("feedback.source=vote",)
+        "evaluation.variants=1", "feedback.source=vote", "one variant", also=("feedback.source=vote",)
     ),
     "nobody beside": hybrid(
         "evaluation.compare_to=[nobody]", "evaluation.compare_to", "runs/nobody"

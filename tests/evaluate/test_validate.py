@@ -129,7 +129,7 @@ def test_a_training_task_that_holds_a_held_out_test_is_refused_or_dropped(
 @pytest.mark.parametrize("count", [15, 400])
 def test_more_than_there_are_cannot_be_held_out(count: int, tmp_path: Path) -> None:
     config = experiment(tmp_path, data={"hold_out_tasks": count})
-    with pytest.raises(UserError, match=rf"data\.hold_out_tasks={count}: of 15 training tasks"):
+    with pytest.raises(UserError, match=rf"data\.hold_out_tasks={count}: must be less than the 15"):
         prepare(config.data, config.data_folder, silent)
     assert not config.data_folder.exists()
 
