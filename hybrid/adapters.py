@@ -1,9 +1,9 @@
-"""Thin adapters between the language model's hidden state and the TRM's states.
+"""Adapters between the language model's hidden state and the TRM's states.
 
-    text -> latent   hidden [B, H]             -> what is added to z_H, z_L, x, each [B, P+L, D]
-    latent -> text   z_H, z_L [B, P+L, D] each -> [B, k, H], like k token embeddings
+    text -> latent   hidden [B, H]             -> deltas of z_H, z_L, x, each [B, P+L, D]
+    latent -> text   z_H, z_L [B, P+L, D] each -> soft tokens [B, k, H]
 
-H hidden size of the language model, D hidden size of the TRM, k `prefix_tokens`.
+H and D are the hidden sizes of the language model and the TRM; k is `prefix_tokens`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STATES: Mapping[Inject, tuple[State, ...]] = {
     "input": ("x",),
     "both": ("z_H", "z_L", "x"),
 }
-"""What the latent is added to."""
+"""States to which the text-to-latent adapter adds."""
 EPS = 1e-5
 
 
@@ -38,13 +38,13 @@ class AdapterConfig:
     """Sizes of both adapters."""
 
     hidden: int = 512
-    """Width inside."""
+    """Width of the hidden layers."""
     layers: int = 2
-    """Linear layers of an adapter, the last one included."""
+    """Linear layers per adapter, including the last."""
     prefix_tokens: int = 4
-    """k, positions that the TRM's state takes in the language model's text."""
+    """k, soft tokens that represent the TRM's states in the language model's input."""
     inject: Inject = "both"
-    """Where the latent goes: the TRM's carry, its input, both; none runs the TRM alone."""
+    """Target of the latent: the TRM's carry, its input, or both; none runs the TRM alone."""
     lr: float = 1e-3
 
     def __post_init__(self) -> None:
@@ -56,13 +56,13 @@ class AdapterConfig:
 
 
 class TextToLatentAdapter(nn.Module):
-    """hidden [B, H] -> {state: [B, N, D]}, to be added to the TRM's states of N positions.
+    """Map hidden [B, H] to deltas {state: [B, N, D]} of the TRM's states at N positions.
 
-    An MLP makes a vector for each state; a learned table spreads it over positions. The last layer
-    is zero at first, so an untrained hybrid is the TRM.
+    An MLP computes one vector per state; a learned table scales it per position. The last layer is
+    initialised to zero, so that an untrained hybrid equals the TRM.
 
-    Of a language model's hidden state 99% is the same whatever it has read (docs/log.md). So it is
-    measured from `mean` in units of `std`, which `calibrate` sets once, before training.
+    99% of a language model's hidden state does not depend on its input (docs/log.md). The adapter
+    therefore standardises it with `mean` and `std`, set by `calibrate` once before training.
     """
 
     mean: Tensor
@@ -83,26 +83,26 @@ class TextToLatentAdapter(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, hidden: Tensor) -> None:
-        """Set `mean` and `std` to those of a sample of hidden states [n, H], n > 1."""
+        """Set `mean` and `std` from a sample of hidden states [n, H], n > 1."""
         self.mean.copy_(hidden.mean(0))
-        # A number that never changes says nothing: it must not be blown up to say noise.
-        spread = hidden.std(0)
-        self.std.copy_(spread.clamp_min(1e-3 * float(spread.mean()) + 1e-12))
+        # The lower bound keeps the noise of constant components from being amplified.
+        std = hidden.std(0)
+        self.std.copy_(std.clamp_min(1e-3 * float(std.mean()) + 1e-12))
 
-    def forward(self, hidden: Tensor, places: Tensor | None = None) -> dict[State, Tensor]:
-        """`places` [N]: which of the positions the states have; all when not given."""
+    def forward(self, hidden: Tensor, indices: Tensor | None = None) -> dict[State, Tensor]:
+        """Return the deltas at position `indices` [N], or at all positions if None."""
         states, _, D = self.positions.shape
-        differs = (hidden - self.mean) / self.std
-        vectors = self.mlp(rms_norm(differs, EPS)).view(-1, states, 1, D)
-        positions = self.positions if places is None else self.positions[:, places]
-        spread = vectors * positions
-        return dict(zip(self.states, spread.unbind(1), strict=True))
+        standardised = (hidden - self.mean) / self.std
+        vectors = self.mlp(rms_norm(standardised, EPS)).view(-1, states, 1, D)
+        deltas = vectors * (self.positions if indices is None else self.positions[:, indices])
+        return dict(zip(self.states, deltas.unbind(1), strict=True))
 
 
 class LatentToTextAdapter(nn.Module):
-    """(z_H, z_L) [B, N, D] each -> [B, k, H]: k learned queries pool both states, an MLP follows.
+    """Map (z_H, z_L), [B, N, D] each, to soft tokens [B, k, H].
 
-    Scaled to the root mean square of the language model's token embeddings.
+    k learned queries pool both states, followed by an MLP. The output has the root mean square
+    `embedding_scale` of the language model's token embeddings.
     """
 
     scale: Tensor

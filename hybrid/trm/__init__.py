@@ -1,4 +1,4 @@
-"""The Tiny Recursive Model, its loss, its optimisers, and published checkpoints in and out."""
+"""The Tiny Recursive Model, its loss and optimisers, and conversion of published checkpoints."""
 
 from hybrid.trm import upstream
 from hybrid.trm.config import TRMConfig

@@ -1,4 +1,4 @@
-"""What a Tiny Recursive Model is made of; the names are the published ones."""
+"""Config of the Tiny Recursive Model, with the published names."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ CHOICES = {"pos_encodings": get_args(Positions), "forward_dtype": get_args(Forwa
 
 @dataclass(frozen=True, kw_only=True)
 class TRMConfig:
-    """Sizes of the model. The paper's T is H_cycles, its n L_cycles, its N_sup halt_max_steps.
+    """Sizes of the model; the paper's T, n and N_sup are H_cycles, L_cycles and halt_max_steps.
 
-    The number of grid positions and of puzzle ids belong to the data: `seq_len` and
-    `num_puzzle_identifiers` are filled in from it by whoever builds the model.
+    `seq_len` and `num_puzzle_identifiers` are properties of the dataset: code that builds a model
+    for a dataset sets them. Raises ValueError with one line per invalid field.
     """
 
     hidden_size: int = 512
-    """D, the width of every state."""
+    """D, width of the states."""
     num_heads: int = 8
     expansion: float = 4.0
-    """SwiGLU's inner width is 2/3 of this times the width, rounded up to a multiple of 256."""
+    """SwiGLU inner width: 2/3 * expansion * width, rounded up to a multiple of 256."""
     L_layers: int = 2
-    """Blocks in the one network that plays both roles."""
+    """Blocks of the network, which updates both z_L and z_H."""
     H_cycles: int = 3
-    """Outer cycles of an ACT step; only the last carries gradient."""
+    """Cycles per ACT step; only the last one is trained through."""
     L_cycles: int = 4
-    """Updates of z_L in a cycle."""
+    """Updates of z_L per cycle."""
     halt_max_steps: int = 16
-    """ACT steps a row lives at most."""
+    """Maximum number of ACT steps per row."""
     halt_exploration_prob: float = 0.1
-    """Chance that a row may not halt before a minimum drawn from 2..halt_max_steps."""
+    """Probability that a row must run a minimum of steps, drawn from 2..halt_max_steps."""
     pos_encodings: Positions = "rope"
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
     mlp_t: bool = False
-    """Mix positions by a SwiGLU over the sequence instead of attention."""
+    """Mix positions with a SwiGLU over the sequence instead of attention."""
     puzzle_emb_ndim: int = 512
-    """Width of a puzzle's row, 0 for none; zero-padded to puzzle_emb_len * hidden_size."""
+    """Width of a puzzle embedding, zero-padded to puzzle_emb_len * hidden_size; 0 disables it."""
     puzzle_emb_len: int = 16
-    """P, prefix positions in front of the grid."""
+    """P, prefix positions before the grid."""
     forward_dtype: ForwardDtype = "auto"
-    """Compute dtype; auto is bfloat16 on a GPU and float32 on a CPU. Master weights are float32."""
+    """Compute dtype; auto: bfloat16 on a GPU, float32 on a CPU. Master weights are float32."""
     vocab_size: int = 12
     seq_len: int = 900
-    """L, grid positions: the canvas' side squared."""
+    """L, grid positions: the square of the canvas side."""
     num_puzzle_identifiers: int = 1
     """Rows of the puzzle table; row 0 is the blank puzzle."""
 
@@ -85,10 +85,10 @@ class TRMConfig:
 
     @property
     def prefix(self) -> int:
-        """P, or 0 where there is no puzzle embedding."""
+        """P, or 0 without puzzle embeddings."""
         return self.puzzle_emb_len if self.puzzle_emb_ndim else 0
 
     @property
     def positions(self) -> int:
-        """P + L, the length of the sequence."""
+        """P + L, the sequence length."""
         return self.prefix + self.seq_len

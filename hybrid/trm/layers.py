@@ -1,4 +1,4 @@
-"""The blocks of the recursion: RMS norm, rotary positions, attention, SwiGLU.
+"""Layers of the TRM: RMS norm, rotary position embeddings, attention, SwiGLU.
 
 Shapes: B rows, N = P + L positions (P puzzle prefix, L grid), D hidden size, A heads, d = D / A.
 """
@@ -18,13 +18,13 @@ Rotary = tuple[Tensor, Tensor]
 
 
 def truncated_normal_(tensor: Tensor, std: float, generator: torch.Generator) -> Tensor:
-    """Fill with a normal cut at two deviations whose *result* has deviation `std` (JAX's rule).
+    """Fill in place from a normal truncated at two deviations and rescaled to deviation `std`.
 
-    torch's own `trunc_normal_` cuts without rescaling, so its result is 12% too narrow.
+    This is JAX's rule; torch's `trunc_normal_` does not rescale, so its deviation is 12% smaller.
     """
     if std == 0:
         return tensor.zero_()
-    # Deviation of a unit normal cut at +-2: sqrt(1 - 2 * 2 * phi(2) / (Phi(2) - Phi(-2))).
+    # Deviation of a unit normal truncated at +-2: sqrt(1 - 2 * 2 * phi(2) / (Phi(2) - Phi(-2))).
     inside = math.erf(2 / math.sqrt(2))
     density = math.exp(-2.0) / math.sqrt(2 * math.pi)
     cut_std = math.sqrt(1 - 4 * density / inside)
@@ -35,28 +35,28 @@ def truncated_normal_(tensor: Tensor, std: float, generator: torch.Generator) ->
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
-    """x / rms(x) over the last axis, weightless, computed in float32 (or wider)."""
+    """Return x / rms(x) over the last axis, without a weight, computed in float32 or wider."""
     wide = x if x.dtype == torch.float64 else x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def rotary_table(places: Tensor, dim: int, base: float) -> Rotary:
-    """(cos, sin), each [places, dim], for half-split pairing (RoFormer, arXiv 2104.09864)."""
-    even = torch.arange(0, dim, 2, dtype=torch.float32, device=places.device)
-    angle = torch.outer(places.float(), 1.0 / base ** (even / dim))
+def rotary_table(positions: Tensor, dim: int, base: float) -> Rotary:
+    """Return (cos, sin) of positions [N], each [N, dim], half-split (RoFormer, 2104.09864)."""
+    even = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device)
+    angle = torch.outer(positions.float(), 1.0 / base ** (even / dim))
     angle = torch.cat((angle, angle), dim=-1)
     return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turn the pairs (i, i + d/2) of x [B, A, N, d] by their position's angle; keeps x's dtype."""
+    """Rotate the pairs (i, i + d/2) of x [B, A, N, d] by their position's angle; keep x's dtype."""
     cos, sin = (table.to(torch.promote_types(x.dtype, torch.float32)) for table in rotary)
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
 class Linear(nn.Module):
-    """x @ weight.T + bias, the float32 master weight cast to x's dtype at use."""
+    """Linear layer x @ weight.T + bias that casts its float32 weights to x's dtype on use."""
 
     def __init__(self, fan_in: int, fan_out: int, bias: bool = False) -> None:
         super().__init__()
@@ -71,8 +71,8 @@ class Linear(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return softmax(q k^T / sqrt(d)) v, each [B, A, N, d].
 
-    The CPU's flash kernel computes bfloat16 at the speed of float32, and its backward up to eight
-    times slower. Two matrix products use the bfloat16 units; they keep the scores for backward.
+    On a CPU, bfloat16 uses two matrix products: the flash kernel's forward is no faster than in
+    float32 and its backward up to eight times slower. The products keep the scores for backward.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         scale = 1 / math.sqrt(q.shape[-1])
@@ -81,7 +81,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Non-causal multi-head attention; the fused projection holds q heads, k heads, v heads."""
+    """Non-causal multi-head attention; qkv_proj stacks the q, k and v heads."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -96,13 +96,13 @@ class Attention(nn.Module):
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         out = attend(q, k, v)
-        # reshape, not view: the kernels differ in the memory layout they return.
+        # reshape, not view: attention kernels return different memory layouts.
         mixed: Tensor = self.o_proj(out.transpose(1, 2).reshape(B, N, D))
         return mixed
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate) * up), inner width round(expansion * width * 2/3) rounded up to 256s."""
+    """SwiGLU: down(silu(gate) * up); the inner width is a multiple of 256."""
 
     def __init__(self, width: int, expansion: float) -> None:
         super().__init__()
@@ -117,9 +117,9 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Post-norm: h = rms(h + mix(h)); h = rms(h + swiglu(h)).
+    """Post-norm block: h = rms(h + mix(h)); h = rms(h + swiglu(h)).
 
-    With `mlp_t` the mix is a SwiGLU over the sequence and so is its norm: h is transposed for both.
+    With `mlp_t`, mix is a SwiGLU over the sequence; h is transposed for it and for its norm.
     """
 
     def __init__(self, config: TRMConfig) -> None:

@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100
-"""Label of a position that is not scored."""
+"""Label of positions without loss."""
 
 
 def log_stablemax(logits: Tensor) -> Tensor:
-    """log(s(x) / sum s(x)) over the last axis, s(x) = x + 1 for x >= 0 and 1 / (1 - x) below.
+    """Return log(s(x) / sum s(x)) over the last axis: s(x) = x + 1 if x >= 0, else 1 / (1 - x).
 
-    In logarithms log1p(x) and -log1p(-x). Both branches are clamped, so that the one not taken
-    holds no NaN; the shorter sign(x) log1p(|x|) would have no gradient at x = 0, where it is 1.
+    log s(x) is log1p(x) or -log1p(-x). Both branches are clamped, so that the unused one has no NaN
+    gradient; the shorter sign(x) log1p(|x|) has no gradient at x = 0, where it must be 1.
     """
     above, below = logits.clamp_min(0), logits.clamp_max(0)
     log_s = torch.where(logits >= 0, torch.log1p(above), -torch.log1p(-below))
@@ -22,7 +22,7 @@ def log_stablemax(logits: Tensor) -> Tensor:
 
 
 def stablemax_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Per position, float64, 0 where the label is IGNORE; logits [..., V], labels [...]."""
+    """Return the loss [...], float64, 0 at IGNORE, of logits [..., V] and labels [...]."""
     log_p = log_stablemax(logits.double())
     labels = labels.long()
     scored = labels != IGNORE
@@ -33,12 +33,13 @@ def stablemax_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def act_loss(
     logits: Tensor, q_halt: Tensor, labels: Tensor, steps: Tensor, halted: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss *summed* over rows, and sums for metrics; divide both by what the caller counts.
+    """Return the loss *summed* over rows and sums for metrics; the caller divides by row counts.
 
-    Per row the mean over its labelled positions plus half the binary cross-entropy of the halt
-    logit against "this row is exactly right". `count` and the metrics that go with it cover the
-    rows that halted in this step, the two losses all rows. A row without labels counts as right in
-    the halting loss, as published; the training stream never hands one out.
+    Arguments are logits [B, L, V], q_halt [B], labels [B, L], steps [B] and halted [B]. A row's
+    loss is the mean over its labelled positions plus half the binary cross-entropy of its halt
+    logit, whose target is an exactly right prediction. `count`, accuracies and `steps` cover the
+    rows that halted in this step; both losses cover all rows. A row without labels counts as right
+    in the halting loss, as in the published code; the training stream has no such rows.
     """
     scored = labels != IGNORE
     counts = scored.sum(-1)

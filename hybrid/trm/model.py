@@ -1,11 +1,11 @@
 """The Tiny Recursive Model (arXiv 2510.04871).
 
     x    embedded question: puzzle prefix and grid tokens   [B, P+L, D]
-    z_H  the answer so far, the paper's y                   [B, P+L, D]
-    z_L  the latent reasoning, the paper's z                [B, P+L, D]
+    z_H  current answer, the paper's y                      [B, P+L, D]
+    z_L  latent reasoning, the paper's z                    [B, P+L, D]
 
-One *cycle* improves z_L `L_cycles` times, then z_H once. One *ACT step* is `H_cycles` cycles and
-one supervision; a row lives for up to `halt_max_steps` of them, its carry detached in between.
+A *cycle* updates z_L `L_cycles` times, then z_H once. An *ACT step* is `H_cycles` cycles and one
+supervision; a row runs up to `halt_max_steps` ACT steps, with its carry detached in between.
 """
 
 from __future__ import annotations
@@ -24,86 +24,85 @@ from hybrid.trm.config import TRMConfig
 from hybrid.trm.layers import Block, Linear, Rotary, rotary_table, truncated_normal_
 
 Batch = Mapping[str, Tensor]
-"""inputs [B, L], puzzle_identifiers [B] and, where there is an answer, labels [B, L]."""
-
+"""inputs [B, L], puzzle_identifiers [B] and, if the answer is known, labels [B, L]."""
 
 Slots = list[int] | slice | Tensor
-"""Indices of slots; `slice(None)` for all. A tensor on the carry's device avoids a copy from the
-host, for which the host would wait."""
+"""Indices of slots; `slice(None)` for all. A tensor on the carry's device avoids the
+synchronising copy of a list from the host."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Carry:
-    """What a slot keeps between ACT steps."""
+    """State of the slots between ACT steps."""
 
     z_H: Tensor
     """[B, P+L, D]"""
     z_L: Tensor
     """[B, P+L, D]"""
     steps: Tensor
-    """[B] int32, ACT steps the present row has had."""
+    """[B] int32, ACT steps completed on the current row."""
     halted: Tensor
-    """[B] bool: the slot starts afresh, with new data, in the next ACT step."""
+    """[B] bool, True if the slot takes a new row in the next ACT step."""
     current: dict[str, Tensor]
-    """The batch's tensors as the slots hold them."""
+    """Batch tensors of the rows in the slots."""
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """Everything in it, [slots, ...] each, by name; `from_tensors` takes it back."""
-        own = {name: getattr(self, name) for name in ("z_H", "z_L", "steps", "halted")}
-        return own | {f"current.{name}": value for name, value in self.current.items()}
+        """Return all tensors by name, [B, ...] each; the inverse of `from_tensors`."""
+        fields = {name: getattr(self, name) for name in ("z_H", "z_L", "steps", "halted")}
+        return fields | {f"current.{name}": value for name, value in self.current.items()}
 
     @staticmethod
     def from_tensors(tensors: Mapping[str, Tensor]) -> Carry:
-        """A carry of what `tensors` gives."""
-        own = {name: value for name, value in tensors.items() if "." not in name}
-        current = {name.partition(".")[2]: tensors[name] for name in tensors.keys() - own.keys()}
-        return Carry(**own, current=current)
+        """Build a carry from the result of `to_tensors`."""
+        fields = {name: value for name, value in tensors.items() if "." not in name}
+        current = {name.partition(".")[2]: tensors[name] for name in tensors.keys() - fields.keys()}
+        return Carry(**fields, current=current)
 
     def select(self, slots: Slots, cells: int) -> Carry:
-        """Some slots, whose rows stand on a canvas of `cells` cells: all tensors are cut to it."""
-        less = self.current["inputs"].shape[1] - cells
+        """Return the carry of `slots`, with all tensors truncated to a canvas of `cells` cells."""
+        excess = self.current["inputs"].shape[1] - cells
         return Carry.from_tensors(
             {
-                name: value[slots, : value.shape[1] - less] if value.dim() > 1 else value[slots]
+                name: value[slots, : value.shape[1] - excess] if value.dim() > 1 else value[slots]
                 for name, value in self.to_tensors().items()
             }
         )
 
     def scatter(self, parts: Sequence[tuple[Slots, Carry]]) -> Carry:
-        """All slots, when parts that hold all of them have gone on; beyond their canvas zeros."""
+        """Return a carry of this shape from `parts` that cover all slots, zero-padded."""
         if len(parts) == 1 and parts[0][1].z_H.shape == self.z_H.shape:
             return parts[0][1]
-        whole = {name: torch.zeros_like(value) for name, value in self.to_tensors().items()}
+        tensors = {name: torch.zeros_like(value) for name, value in self.to_tensors().items()}
         for slots, part in parts:
             for name, value in part.to_tensors().items():
-                cut = (slots, slice(value.shape[1])) if value.dim() > 1 else slots
-                whole[name][cut] = value
-        return Carry.from_tensors(whole)
+                index = (slots, slice(value.shape[1])) if value.dim() > 1 else slots
+                tensors[name][index] = value
+        return Carry.from_tensors(tensors)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outputs:
-    """What an ACT step says."""
+    """Outputs of an ACT step."""
 
     logits: Tensor
-    """[B, L, vocabulary]"""
+    """[B, L, vocab_size]"""
     q_halt: Tensor
-    """[B] float32 at least: logit of "this answer is right, stop"."""
+    """[B], float32 or wider: logit that the answer is right and the row can halt."""
     q_continue: Tensor
-    """[B] float32: the halt head's second logit, published and unused."""
+    """[B], same dtype: second logit of the halt head; published, but unused."""
     puzzle_rows: Tensor | None
-    """[B, puzzle_emb_ndim]: the rows that went in; in training a leaf, its .grad for the table."""
+    """[B, puzzle_emb_ndim], the rows used; in training a leaf whose .grad updates the table."""
 
 
 class TRM(nn.Module):
-    """The network, its puzzle table and the ACT step.
+    """Tiny Recursive Model: embeddings, network, heads and puzzle table.
 
-    Initialisation (`seed` decides it, on the CPU, whatever the device):
+    Initialisation, determined by `seed` and drawn on the CPU:
 
         linear weights       truncated normal, std 1/sqrt(fan_in)
         token, positions     truncated normal, std 1/sqrt(D)
         H_init, L_init       truncated normal, std 1; buffers, not trained
-        halt head            weight 0, bias -5: nobody halts at first
+        halt head            weight 0, bias -5: no row halts initially
         puzzle table         0; a buffer with its own optimiser
     """
 
@@ -129,7 +128,7 @@ class TRM(nn.Module):
         self.init_weights(seed)
 
     def init_weights(self, seed: int) -> None:
-        """Draw every weight anew, as in the table above."""
+        """Reinitialise all weights as in the class docstring."""
         generator = torch.Generator().manual_seed(seed)
         D = self.config.hidden_size
         truncated_normal_(self.embed_tokens, 1 / math.sqrt(D), generator)
@@ -146,20 +145,19 @@ class TRM(nn.Module):
         self.puzzle_table.zero_()
 
     def compile_recursion(self, *, dynamic: bool = True) -> None:
-        """Compile a cycle of the recursion with torch.compile; numbers change by rounding.
+        """Compile a cycle of the recursion with torch.compile; outputs change by rounding.
 
-        Compiles once per kind of gradient, for all batch and canvas sizes, so that numbers do not
-        depend on which size came first. Compiling a cycle instead of a block gains 5% at small
-        sizes; static shapes (`dynamic=False`) gain nothing on a CPU (docs/log.md).
+        With `dynamic` shapes, outputs do not depend on the size compiled first; static shapes gain
+        nothing on a CPU. Compiling cycles instead of blocks gains 5% at small sizes (docs/log.md).
         """
-        # Kinds of gradient times batches of one row or several reach torch's limit of 8, beyond
-        # which it falls back to eager kernels with no more than a warning.
+        # Gradient modes and batches of one or several rows exceed torch's limit of 8, beyond which
+        # it falls back to eager kernels with only a warning.
         torch._dynamo.config.recompile_limit = 64
         self._cycle = torch.compile(self._cycle, dynamic=dynamic)  # type: ignore[method-assign]
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype the recursion computes in."""
+        """Dtype of the states and of the recursion."""
         if self.config.forward_dtype != "auto":
             return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[
                 self.config.forward_dtype
@@ -167,11 +165,11 @@ class TRM(nn.Module):
         return torch.bfloat16 if self.H_init.device.type == "cuda" else torch.float32
 
     def initial_carry(self, batch: Batch) -> Carry:
-        """A carry whose slots are all halted: the first ACT step fills them from its batch."""
+        """Return a carry of halted slots, which the first ACT step fills from its batch."""
         tokens = batch["inputs"]
         B, cells = tokens.shape
         shape = (B, self.config.prefix + cells, self.config.hidden_size)
-        # Zeros, not empty: memory that happens to hold NaN must not reach `where`'s gradient.
+        # Not torch.empty: NaN in uninitialised memory would reach the gradient of torch.where.
         return Carry(
             z_H=torch.zeros(shape, dtype=self.dtype, device=tokens.device),
             z_L=torch.zeros(shape, dtype=self.dtype, device=tokens.device),
@@ -181,7 +179,7 @@ class TRM(nn.Module):
         )
 
     def fresh_states(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(z_H, z_L) that token rows [B, L] start from, [B, P+L, D] each."""
+        """Return the initial (z_H, z_L), [B, P+L, D] each, of token rows [B, L]."""
         rows, cells = tokens.shape
         shape = (rows, self.config.prefix + cells, self.config.hidden_size)
         z_H, z_L = (init.to(self.dtype).expand(shape) for init in (self.H_init, self.L_init))
@@ -195,12 +193,12 @@ class TRM(nn.Module):
         puzzle_rows: Tensor | None = None,
         exploration: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Carry, Outputs]:
-        """One supervision step: halted slots take their row of the batch, the others go on.
+        """Run one ACT step: halted slots take their row of `batch`, the others continue.
 
-        `puzzle_rows` [B, puzzle_emb_ndim] stand in for the table's where given. `exploration` is a
-        pair of uniform draws [B] in [0, 1): whether to explore, and the minimum number of steps;
-        drawn from torch's global generator where None. In training gradient flows through the last
-        cycle; the new carry is detached.
+        `puzzle_rows` [B, puzzle_emb_ndim] replace those of the table. `exploration` is a pair of
+        uniform draws [B] in [0, 1), for whether to explore and for the minimum number of steps;
+        None draws them from torch's global generator. Gradient flows through the last cycle; the
+        returned carry is detached.
         """
         carry = self._refill(carry, batch)
         z_H, z_L, outputs = self.recurse(
@@ -222,20 +220,20 @@ class TRM(nn.Module):
         full_gradient: bool = False,
         recompute: bool = True,
     ) -> tuple[Tensor, Tensor, Outputs]:
-        """An ACT step's recursion and its read-out, without the slots: (z_H, z_L, outputs).
+        """Run the recursion of an ACT step, without slots; return (z_H, z_L, outputs).
 
-        `injected` [B, P+L, D] is added to the embedded question. As published, gradient flows
-        through the last cycle alone, so nothing that made the states it is given would ever learn;
-        with `full_gradient` it flows through all cycles and into them, and with `recompute` each
-        cycle's activations are made again for backward instead of kept.
+        `injected` [B, P+L, D] is added to the embedded question. By default, as published, gradient
+        flows through the last cycle only, so with several cycles it does not reach the given
+        states. `full_gradient` lets it flow through all cycles into the states; `recompute` then
+        recomputes each cycle's activations in the backward pass instead of storing them.
         """
         x, puzzle_rows = self._embed(current, puzzle_rows)
         if injected is not None:
             x = x + injected
         if full_gradient:
-            z_H, z_L = self._recur_through(x, z_H, z_L, recompute)
+            z_H, z_L = self._recurse_all_cycles(x, z_H, z_L, recompute)
         else:
-            z_H, z_L = self._recur(x, z_H, z_L)
+            z_H, z_L = self._recurse_last_cycle(x, z_H, z_L)
         q = self.q_head(z_H[:, 0])
         q = q.to(torch.promote_types(q.dtype, torch.float32))
         outputs = Outputs(
@@ -246,7 +244,7 @@ class TRM(nn.Module):
         )
         return z_H, z_L, outputs
 
-    def _recur(self, x: Tensor, z_H: Tensor, z_L: Tensor) -> tuple[Tensor, Tensor]:
+    def _recurse_last_cycle(self, x: Tensor, z_H: Tensor, z_L: Tensor) -> tuple[Tensor, Tensor]:
         """Run H_cycles cycles, the last one with gradient (the paper's deep recursion)."""
         rotary = self._rotary_table(x.shape[1], x.device)
         for cycle in range(self.config.H_cycles):
@@ -255,10 +253,10 @@ class TRM(nn.Module):
                 z_H, z_L = self._cycle(x, z_H, z_L, rotary)
         return z_H, z_L
 
-    def _recur_through(
+    def _recurse_all_cycles(
         self, x: Tensor, z_H: Tensor, z_L: Tensor, recompute: bool
     ) -> tuple[Tensor, Tensor]:
-        """Run the same cycles, all of them with gradient."""
+        """Run H_cycles cycles, all with gradient."""
         rotary = self._rotary_table(x.shape[1], x.device)
         for _ in range(self.config.H_cycles):
             if recompute and torch.is_grad_enabled():
@@ -282,9 +280,9 @@ class TRM(nn.Module):
         return h
 
     def _embed(self, current: Batch, puzzle_rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """x [B, P+L, D], and the puzzle rows in it (a leaf while training)."""
+        """Return x [B, P+L, D] and its puzzle rows, which are a leaf in training."""
         D, P = self.config.hidden_size, self.config.prefix
-        # F.embedding, not indexing: on two threads the gradient of indexing is summed in any order.
+        # F.embedding, not indexing, whose backward sums in a nondeterministic order on two threads.
         x = F.embedding(current["inputs"].long(), self.embed_tokens.to(self.dtype))
         if P:
             if puzzle_rows is None:
@@ -295,13 +293,13 @@ class TRM(nn.Module):
             padded = F.pad(rows, (0, P * D - rows.shape[-1]))
             x = torch.cat((padded.view(-1, P, D), x), dim=1)
         if self.config.pos_encodings == "learned":
-            places = self.position_indices(x.shape[1])
-            there = self.embed_pos if places is None else self.embed_pos[places]
-            x = 0.707106781 * (x + there.to(self.dtype))
+            indices = self.position_indices(x.shape[1])
+            embed_pos = self.embed_pos if indices is None else self.embed_pos[indices]
+            x = 0.707106781 * (x + embed_pos.to(self.dtype))
         return x * math.sqrt(D), puzzle_rows
 
     def _refill(self, carry: Carry, batch: Batch) -> Carry:
-        """Halted slots get fresh states and their row of the batch."""
+        """Give halted slots initial states and their row of the batch."""
         fresh = carry.halted
         state = fresh.view(-1, 1, 1)
         current = {
@@ -319,41 +317,42 @@ class TRM(nn.Module):
     def _halt(
         self, steps: Tensor, q_halt: Tensor, exploration: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        """[B] bool. In evaluation as published: all halt_max_steps, whatever the halt head says."""
-        most = self.config.halt_max_steps
-        last = steps >= most
-        if not self.training or most == 1:
+        """Return [B] bool; in evaluation, as published, only after halt_max_steps."""
+        max_steps = self.config.halt_max_steps
+        last = steps >= max_steps
+        if not self.training or max_steps == 1:
             return last
-        explore, least = exploration or (torch.rand_like(q_halt), torch.rand_like(q_halt))
-        minimum = (explore < self.config.halt_exploration_prob) * (2 + (least * (most - 1)).long())
-        return (last | (q_halt > 0)) & (steps >= minimum)
+        explore, draw = exploration or (torch.rand_like(q_halt), torch.rand_like(q_halt))
+        min_steps = 2 + (draw * (max_steps - 1)).long()
+        min_steps = (explore < self.config.halt_exploration_prob) * min_steps
+        return (last | (q_halt > 0)) & (steps >= min_steps)
 
     def _rotary_table(self, positions: int, device: torch.device) -> Rotary | None:
-        """Angles of the cells of a canvas, which may be smaller than the full one."""
+        """Return the cached (cos, sin) for a full or smaller canvas; None without rotary."""
         if self.config.pos_encodings != "rope" or self.config.mlp_t:
             return None
-        known = self._rotary.get(positions)
-        if known is None or known[0].device != device:
+        table = self._rotary.get(positions)
+        if table is None or table[0].device != device:
             dim = self.config.hidden_size // self.config.num_heads
-            # Not an inference tensor, whatever mode the first caller is in: training uses it too.
+            # An inference tensor would be unusable in training, which shares the cache.
             with torch.inference_mode(False):
-                places = self.position_indices(positions)
-                if places is None:
-                    places = torch.arange(positions)
-                known = rotary_table(places.to(device), dim, self.config.rope_theta)
-            self._rotary[positions] = known
-        return known
+                indices = self.position_indices(positions)
+                if indices is None:
+                    indices = torch.arange(positions)
+                table = rotary_table(indices.to(device), dim, self.config.rope_theta)
+            self._rotary[positions] = table
+        return table
 
     def position_indices(self, positions: int) -> Tensor | None:
-        """[positions] int64: where prefix and cells of a smaller canvas stand on the full one.
+        """Return the full-canvas positions [positions] int64 of a smaller canvas with its prefix.
 
-        None for the full canvas. Both are square and share the top-left corner.
+        Returns None for the full canvas. Both canvases are square and share the top-left corner.
         """
         P, side = self.config.prefix, math.isqrt(self.config.seq_len)
         if positions == self.config.positions:
             return None
         small = math.isqrt(positions - P)
         assert P + small**2 == positions and small < side, f"{positions} positions are no canvas"
-        assert not self.config.mlp_t, "mlp_t has a weight for every position of the full canvas"
+        assert not self.config.mlp_t, "mlp_t supports only the full canvas"
         rows, columns = torch.arange(small)[:, None], torch.arange(small)
         return torch.cat((torch.arange(P), (P + rows * side + columns).flatten()))

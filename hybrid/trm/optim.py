@@ -1,4 +1,4 @@
-"""Adam-atan2 for the weights, sign-SGD for the puzzle table, the schedule, the moving average."""
+"""Adam-atan2 for weights, sign-SGD for the puzzle table, learning-rate schedule, and EMA."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def learning_rate(step: int, *, base: float, warmup: int, total: int, min_ratio: float) -> float:
-    """Rate of step 1, 2, ...: linear warm-up, then cosine from base to base * min_ratio."""
+    """Return the rate of step 1, 2, ...: linear warm-up, then cosine to base * min_ratio."""
     if step < warmup:
         return base * step / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
@@ -20,12 +20,12 @@ def learning_rate(step: int, *, base: float, warmup: int, total: int, min_ratio:
 
 
 class AdamAtan2:
-    """Adam with atan2 in place of the division (arXiv 2407.05872): no epsilon, scale-free.
+    """Adam-atan2 (arXiv 2407.05872): atan2 replaces the division; no epsilon, scale-invariant.
 
         p *= 1 - lr * weight_decay
         p -= lr / (1 - beta1^t) * atan2(m, sqrt(v) / sqrt(1 - beta2^t))
 
-    The first moment's correction stands outside atan2, so that the first step is almost lr.
+    The first moment's bias correction is outside atan2, so that the first step is almost lr.
     """
 
     def __init__(
@@ -44,17 +44,17 @@ class AdamAtan2:
 
     @torch.no_grad()
     def step(self, lr: float | Mapping[str, float]) -> None:
-        """Move every parameter by its .grad, which every one must have; one rate, or one each."""
+        """Update every parameter from its .grad; `lr` is one rate or one per parameter name."""
         self.t += 1
         by_rate: dict[float, list[str]] = {}
         for name in self.parameters:
             by_rate.setdefault(lr[name] if isinstance(lr, Mapping) else lr, []).append(name)
         for rate, names in by_rate.items():
-            self._move(names, rate)
+            self._update(names, rate)
 
-    def _move(self, names: list[str], lr: float) -> None:
+    def _update(self, names: list[str], lr: float) -> None:
         beta1, beta2 = self.betas
-        p, m, v = ([of[name] for name in names] for of in (self.parameters, self.m, self.v))
+        p, m, v = ([group[n] for n in names] for group in (self.parameters, self.m, self.v))
         grads = []
         for name, parameter in zip(names, p, strict=True):
             assert parameter.grad is not None, f"{name} has no gradient"
@@ -73,20 +73,20 @@ class AdamAtan2:
 
 @torch.no_grad()
 def sign_sgd_(table: Tensor, ids: Tensor, grads: Tensor, *, lr: float, weight_decay: float) -> None:
-    """Sign-SGD with decoupled decay on the rows of `table` that `ids` [B] touch, in place.
+    """Update rows `ids` [B] of `table` in place by sign-SGD with decoupled weight decay.
 
-    `grads` [B, ndim] of one id are summed over the *global* batch before the sign is taken.
+    `grads` [B, ndim] must cover the *global* batch: they are summed by id before taking the sign.
     """
     ids = ids.long()
-    # The first slot of the same id. With torch.unique a GPU's host would wait for how many there
-    # are; so a row is written several times, each time the same.
+    # Index of the first equal id. torch.unique would wait for the GPU to return a size; instead,
+    # repeated ids write the same row several times.
     first = (ids[:, None] == ids).int().argmax(1)
     summed = torch.zeros_like(grads).index_add_(0, first, grads)[first]
     table[ids] = table[ids] * (1 - lr * weight_decay) - lr * summed.sign()
 
 
 class ExponentialMovingAverage:
-    """EMA of the trained weights alone: no buffers, no puzzle table."""
+    """EMA of the trained weights, without buffers and the puzzle table."""
 
     def __init__(self, parameters: Mapping[str, Tensor], rate: float) -> None:
         self.parameters = dict(parameters)
@@ -95,13 +95,13 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """shadow = rate * shadow + (1 - rate) * weight, after every optimiser step."""
+        """Set ema = rate * ema + (1 - rate) * weight; call it after every optimiser step."""
         values: Iterable[Tensor] = self.parameters.values()
         torch._foreach_lerp_(list(self.values.values()), list(values), 1 - self.rate)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the model computes with the averaged weights; nothing is copied."""
+        """Swap the averaged weights into the model inside the context, without a copy."""
         self._swap()
         try:
             yield

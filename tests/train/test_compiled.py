@@ -53,10 +53,10 @@ def test_a_machine_without_a_compiler_says_so(
     plain = pretrain(config_on(tmp_path, "plain", 2), CPU)
     monkeypatch.setenv("CXX", "no-such-compiler")
     config = config_on(tmp_path, "compiled", 2, compile=True)
-    with pytest.raises(UserError, match=r"^cluster\.compile: no-such-compiler is not here"):
+    with pytest.raises(UserError, match=r"^cluster\.compile: no-such-compiler not found"):
         pretrain(config, CPU)
     asked = replace(config, evaluation=replace(config.evaluation, checkpoint=str(plain.checkpoint)))
-    with pytest.raises(UserError, match=r"^cluster\.compile: no-such-compiler is not here"):
+    with pytest.raises(UserError, match=r"^cluster\.compile: no-such-compiler not found"):
         quietly(asked)
 
 

@@ -166,7 +166,7 @@ def test_every_tensor_that_does_not_fit_is_named(model: TRM) -> None:
         "missing inner.lm_head.weight",
         "missing inner.H_init",
         "unknown inner.H_level.layers.0.mlp.weight",
-        "inner.L_init is [9], arch says [8]",
+        "inner.L_init is [9], arch has [8]",
     ):
         assert part in message
     assert message.count(";") == 3
@@ -181,7 +181,7 @@ def test_task_identity_is_not_dropped_in_silence(model: TRM) -> None:
     """strict=False into a model without puzzle embeddings would load, and score nothing."""
     arch = asdict(model.config) | {"puzzle_emb_ndim": 0}
     refused(
-        upstream.export(model), "has puzzle embeddings, but arch says puzzle_emb_ndim=0", **arch
+        upstream.export(model), "has puzzle embeddings, but arch has puzzle_emb_ndim=0", **arch
     )
     state = upstream.export(model)
     del state[TABLE]
