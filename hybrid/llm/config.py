@@ -19,7 +19,7 @@ class LlamaConfig:
     """Branch, tag or commit of a Hugging Face id. Default: main."""
     frozen: bool = True
     """Keep the weights fixed. false fine-tunes them at learning rate `lr`, stores them as float32
-    whatever `dtype` is, and includes them in checkpoints."""
+    with any `dtype`, and includes them in checkpoints."""
     lr: float = 1e-5
     """Peak learning rate of the language model if frozen=false."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"

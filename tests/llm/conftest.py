@@ -1,4 +1,4 @@
-"""Language models to read with: a tiny one per test, the real small one once a session."""
+"""Language model fixtures: a tiny model per test, the real small model once per session."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ Hidden = Callable[..., Tensor]
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where converted models are kept, for the session."""
+    """Folder of converted models, shared by the session."""
     return tmp_path_factory.mktemp("models")
 
 
 @pytest.fixture
 def tiny(models: Path) -> Callable[..., Backbone]:
-    """tiny(key=value) -> a new tiny-random model in float64, wide awake.
+    """tiny(key=value) -> a new tiny-random model in float64 with enlarged weights.
 
-    New weights are small, so every position looks about the same to every other; these are larger,
-    so that an error of one position or one mask is no rounding error.
+    Initial weights are so small that attention hardly distinguishes positions. With larger weights
+    a wrong position or mask changes the result by far more than rounding.
     """
 
     def load(**keys: Any) -> Backbone:
@@ -48,16 +48,16 @@ def tiny(models: Path) -> Callable[..., Backbone]:
 
 @pytest.fixture(scope="session")
 def smollm2(models: Path) -> Backbone:
-    """SmolLM2-135M-Instruct in float32, frozen; nobody may change it."""
+    """SmolLM2-135M-Instruct in float32, frozen; tests must not modify it."""
     return load_backbone(LlamaConfig(dtype="float32", batch_size=4), CPU, models)
 
 
 @pytest.fixture(scope="session")
 def one_forward() -> Hidden:
-    """one_forward(backbone, *parts) -> hidden states [T, hidden] of one row, all at once.
+    """one_forward(backbone, *parts) -> hidden states [T, hidden] of one row in one forward pass.
 
-    A part is token ids or rows [k, hidden] in place of embeddings. No padding, no mask, no cache,
-    and torch's attention as transformers calls it.
+    A part is token ids or embeddings [k, hidden]. Uses no padding, mask or cache, and the SDPA
+    attention of transformers.
     """
 
     def hidden(backbone: Backbone, *parts: Sequence[int] | Tensor) -> Tensor:
@@ -68,9 +68,9 @@ def one_forward() -> Hidden:
         embedded = torch.cat([row.to(backbone.dtype) for row in rows])[None]
         attention = backbone.model.config._attn_implementation
         backbone.model.set_attn_implementation("sdpa")
-        found = backbone.model.model(inputs_embeds=embedded, use_cache=False)
+        output = backbone.model.model(inputs_embeds=embedded, use_cache=False)
         backbone.model.set_attn_implementation(attention)
-        states: Tensor = found.last_hidden_state[0]
+        states: Tensor = output.last_hidden_state[0]
         return states
 
     return hidden
@@ -78,7 +78,7 @@ def one_forward() -> Hidden:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Callable[[str], Path]:
-    """saved(name) -> a folder with the tiny model as transformers keeps models."""
+    """saved(name) -> a folder with the tiny model, written by save_pretrained."""
 
     def save(name: str) -> Path:
         model, tokenizer = tiny_random(torch.float32)
@@ -91,7 +91,7 @@ def saved(tmp_path: Path) -> Callable[[str], Path]:
 
 @pytest.fixture
 def as_gguf(tmp_path: Path) -> Callable[..., Path]:
-    """as_gguf(without=a tensor) -> the tiny model as a GGUF file in a folder of its own."""
+    """as_gguf(without=TENSOR) -> the tiny model as a GGUF file, without one tensor if given."""
 
     def write(without: str = "") -> Path:
         (tmp_path / "gguf").mkdir()
@@ -102,7 +102,7 @@ def as_gguf(tmp_path: Path) -> Callable[..., Path]:
 
 
 def write_gguf(file: Path, without: str) -> None:
-    """The tiny model as llama.cpp keeps models: other names, query and key rows interleaved."""
+    """Write the tiny model as llama.cpp does: other names, interleaved query and key rows."""
     model, tokenizer = tiny_random(torch.float32)
     config = model.config
     writer = gguf.GGUFWriter(file, "llama")
@@ -117,12 +117,12 @@ def write_gguf(file: Path, without: str) -> None:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
     vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
-    vocabulary[-1] = "ab"  # in place of a letter that no grid has
+    vocabulary[-1] = "ab"  # replaces a byte that no grid contains
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(vocabulary)
     control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
     writer.add_token_types([control] * 2 + [normal] * (len(vocabulary) - 2))
-    writer.add_token_merges(["a b"])  # there must be one
+    writer.add_token_merges(["a b"])  # at least one merge is required
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)

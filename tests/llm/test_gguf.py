@@ -1,4 +1,4 @@
-"""A GGUF file is converted once, whole or not at all, whoever else does so at the time."""
+"""Conversion of GGUF files: once, atomic, safe with concurrent processes."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ def refused(file: Path | str, cache: Path) -> str:
     return str(caught.value)
 
 
-def weights(folder: Path) -> dict[Path, int]:
-    """Every file of a cache, and when it was written."""
+def write_times(folder: Path) -> dict[Path, int]:
+    """Return the modification time of every file of a cache."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-def test_it_is_the_model_that_was_put_in(as_gguf: AsGguf, tmp_path: Path) -> None:
+def test_converted_model_equals_the_original(as_gguf: AsGguf, tmp_path: Path) -> None:
     backbone = load(as_gguf(), tmp_path / "cache")
     model, tokenizer = tiny_random(torch.float32)
-    found = backbone.model.state_dict()
+    converted = backbone.model.state_dict()
     for name, value in model.state_dict().items():
-        assert torch.equal(found[name], value), name
+        assert torch.equal(converted[name], value), name
     tokens = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(backbone.model(tokens).logits, model(tokens).logits)
@@ -56,14 +56,14 @@ def test_it_is_the_model_that_was_put_in(as_gguf: AsGguf, tmp_path: Path) -> Non
     assert shape(backbone.config) == shape(LlamaConfig(model="tiny-random"))
 
 
-def test_it_is_converted_once(as_gguf: AsGguf, tmp_path: Path) -> None:
-    """And again when the file is another, whatever its name."""
+def test_gguf_file_is_converted_once(as_gguf: AsGguf, tmp_path: Path) -> None:
+    """Another content is converted again, the same content under another name is not."""
     file, cache = as_gguf(), tmp_path / "cache"
     first = load(file, cache)
-    before = weights(cache)
+    before = write_times(cache)
     moved = Path(shutil.copy(file, tmp_path / "small.gguf"))
     assert load(moved, cache).identity() | {"model": str(file)} == first.identity()
-    assert before and weights(cache) == before
+    assert before and write_times(cache) == before
     with moved.open("ab") as opened:
         opened.write(b"\0")
     other = load(moved, cache)
@@ -71,7 +71,7 @@ def test_it_is_converted_once(as_gguf: AsGguf, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 3, 2000, -50_000, -4])
-def test_a_file_cut_off_is_one_line_and_leaves_nothing(
+def test_truncated_file_gives_one_error_line_and_leaves_no_files(
     as_gguf: AsGguf, tmp_path: Path, kept: int
 ) -> None:
     file, cache = as_gguf(), tmp_path / "cache"
@@ -81,13 +81,13 @@ def test_a_file_cut_off_is_one_line_and_leaves_nothing(
     assert not list(cache.iterdir())
 
 
-def test_a_tensor_that_is_missing_is_not_made_up(as_gguf: AsGguf, tmp_path: Path) -> None:
+def test_missing_tensor_is_an_error(as_gguf: AsGguf, tmp_path: Path) -> None:
     file, cache = as_gguf(without="model.layers.1.mlp.up_proj.weight"), tmp_path / "cache"
     assert "model.layers.1.mlp.up_proj.weight" in refused(file, cache)
     assert not list(cache.iterdir())
 
 
-def test_code_that_lies_beside_it_is_not_run(
+def test_code_next_to_the_file_is_not_run(
     as_gguf: AsGguf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, mark = as_gguf(), tmp_path / "ran"
@@ -98,39 +98,39 @@ def test_code_that_lies_beside_it_is_not_run(
     for name in ("config.json", "tokenizer_config.json"):
         (file.parent / name).write_text(json.dumps(config))
 
-    def asked(*_: Any) -> str:
+    def confirm(*_: Any) -> str:
         mark.touch()
         return "y"
 
-    monkeypatch.setattr("builtins.input", asked)
+    monkeypatch.setattr("builtins.input", confirm)
     shape(LlamaConfig(model=str(file)))
     try:
         load(file, tmp_path / "cache")
     except UserError as error:
-        assert "needs code of its own" in str(error)
+        assert "needs remote code" in str(error)
     assert not mark.exists()
 
 
-def test_whoever_is_faster_wins_and_both_have_the_model(
+def test_concurrent_conversion_before_the_rename_gives_both_the_model(
     as_gguf: AsGguf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another process finishes between the last file of this one and its rename."""
+    """Another process converts the file between this one's last write and its rename."""
     file, cache = as_gguf(), tmp_path / "cache"
     rename, others = os.replace, []
 
-    def late(source: Path, target: Path) -> None:
+    def late_rename(source: Path, target: Path) -> None:
         if not others:
             others.append(None)
             others[0] = load(file, cache)
         rename(source, target)
 
-    monkeypatch.setattr("os.replace", late)
-    mine = load(file, cache)
-    assert others[0] and mine.fingerprint() == others[0].fingerprint()
+    monkeypatch.setattr("os.replace", late_rename)
+    own = load(file, cache)
+    assert others[0] and own.fingerprint() == others[0].fingerprint()
     assert len(list(cache.iterdir())) == 1
 
 
-def test_two_processes_convert_at_once(
+def test_two_processes_may_convert_at_once(
     as_gguf: AsGguf, tmp_path: Path, start: Callable[..., BaseProcess]
 ) -> None:
     file, cache = as_gguf(), tmp_path / "cache"
@@ -140,16 +140,16 @@ def test_two_processes_convert_at_once(
         process.join(120)
     assert [process.exitcode for process in both] == [0, 0]
     [folder] = cache.iterdir()
-    before = weights(cache)
+    before = write_times(cache)
     assert load(file, cache).fingerprint() == load(folder, cache).fingerprint()
-    assert weights(cache) == before
+    assert write_times(cache) == before
 
 
 @pytest.mark.parametrize("when", ["before the tokenizer", "before the rename"])
-def test_a_killed_conversion_is_taken_for_nothing(
+def test_killed_conversion_is_ignored(
     as_gguf: AsGguf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    """Killed outright it cannot even clear up; the next one starts anew."""
+    """A killed process leaves partial files; the next one ignores them and converts again."""
     file, cache = as_gguf(), tmp_path / "cache"
 
     def killed(*_: Any, **__: Any) -> None:
@@ -163,17 +163,17 @@ def test_a_killed_conversion_is_taken_for_nothing(
             patch.setattr(PreTrainedTokenizerFast, "save_pretrained", killed)
         with pytest.raises(SystemExit):
             load(file, cache)
-    [left] = cache.iterdir()
-    assert left.name.startswith(".") and (left / "model.safetensors").exists()
+    [partial] = cache.iterdir()
+    assert partial.name.startswith(".") and (partial / "model.safetensors").exists()
     assert load(file, cache).fingerprint() == load(file, cache).fingerprint()
-    [whole] = set(cache.iterdir()) - {left}
-    assert (whole / "tokenizer.json").exists()
+    [complete] = set(cache.iterdir()) - {partial}
+    assert (complete / "tokenizer.json").exists()
 
 
-def test_a_conversion_that_fails_clears_up(
+def test_failed_conversion_removes_its_files(
     as_gguf: AsGguf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A full disk, say, is not kept full."""
+    """A full disk is freed again."""
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -183,7 +183,7 @@ def test_a_conversion_that_fails_clears_up(
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
         raise metadata.PackageNotFoundError(name)
 

@@ -1,4 +1,4 @@
-"""A language model that learns keeps float32 weights, whatever dtype it computes in."""
+"""A trained language model keeps float32 weights with any compute dtype."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hybrid.trm import AdamAtan2, ExponentialMovingAverage
 Tiny = Callable[..., Backbone]
 PROBLEMS = ([5, 6, 7, 8, 9], [20, 21])
 TEXTS = ([50, 51, 52], [60, 61, 62, 63, 64])
-LEARNS = {"dtype": "bfloat16", "frozen": False}
+TRAINABLE = {"dtype": "bfloat16", "frozen": False}
 
 
 @pytest.fixture(params=["attempt", "problem"])
@@ -34,9 +34,9 @@ def trained(backbone: Backbone) -> dict[str, nn.Parameter]:
 
 
 def train(backbone: Backbone, steps: int, lr: float) -> tuple[AdamAtan2, ExponentialMovingAverage]:
-    """The optimiser and the average of a run of joint training."""
+    """Train as joint training does; return the optimizer and the EMA."""
     parameters = trained(backbone)
-    optimizer, average = (
+    optimizer, ema = (
         AdamAtan2(parameters, weight_decay=0),
         ExponentialMovingAverage(parameters, 0.9),
     )
@@ -45,25 +45,25 @@ def train(backbone: Backbone, steps: int, lr: float) -> tuple[AdamAtan2, Exponen
         out = hidden(backbone)
         (out * torch.arange(out.numel()).view_as(out).cos()).sum().backward()
         optimizer.step(lr)
-        average.update()
-    return optimizer, average
+        ema.update()
+    return optimizer, ema
 
 
-def test_small_steps_move_every_weight_that_has_a_gradient(tiny: Tiny, prefix: str) -> None:
-    backbone = tiny(**LEARNS, prefix=prefix)
+def test_small_steps_change_every_weight_with_a_gradient(tiny: Tiny, prefix: str) -> None:
+    backbone = tiny(**TRAINABLE, prefix=prefix)
     before = {name: weight.detach().clone() for name, weight in trained(backbone).items()}
-    optimizer, average = train(backbone, 30, 1e-5)
+    optimizer, ema = train(backbone, 30, 1e-5)
     for name, weight in trained(backbone).items():
         assert weight.grad is not None and weight.grad.dtype == weight.dtype == torch.float32
-        learned = optimizer.v[name] > 0  # not the embeddings of tokens that no text has
+        learned = optimizer.v[name] > 0  # excludes embeddings of unused tokens
         assert learned.any() and (name.startswith("embed") or learned.all()), name
         assert (weight != before[name])[learned].all(), name
-        assert (average.values[name] != before[name])[learned].float().mean() > 0.99, name
+        assert (ema.values[name] != before[name])[learned].float().mean() > 0.99, name
 
 
-def test_bfloat16_weights_would_hardly_move(tiny: Tiny) -> None:
-    """The fault that float32 weights are for, so that the test above is known to notice it."""
-    backbone = tiny(**LEARNS)
+def test_bfloat16_weights_would_hardly_change(tiny: Tiny) -> None:
+    """Show that the test above detects weights that are not kept in float32."""
+    backbone = tiny(**TRAINABLE)
     backbone.model.bfloat16()
     backbone = Backbone(backbone.model, backbone.tokenizer, backbone.config, "none")
     before = {name: weight.detach().clone() for name, weight in trained(backbone).items()}
@@ -73,10 +73,8 @@ def test_bfloat16_weights_would_hardly_move(tiny: Tiny) -> None:
 
 
 @torch.no_grad()
-def test_before_it_learns_it_computes_what_a_bfloat16_model_computes(
-    tiny: Tiny, prefix: str
-) -> None:
-    learns, frozen = tiny(**LEARNS, prefix=prefix), tiny(dtype="bfloat16", prefix=prefix)
+def test_untrained_model_computes_the_same_as_a_bfloat16_model(tiny: Tiny, prefix: str) -> None:
+    learns, frozen = tiny(**TRAINABLE, prefix=prefix), tiny(dtype="bfloat16", prefix=prefix)
     for weight, other in zip(trained(learns).values(), trained(frozen).values(), strict=True):
         assert weight.dtype == torch.float32 and other.dtype == torch.bfloat16
         weight.copy_(other)
@@ -85,15 +83,15 @@ def test_before_it_learns_it_computes_what_a_bfloat16_model_computes(
         learns.prefill(PROBLEMS).layers, frozen.prefill(PROBLEMS).layers, strict=True
     ):
         assert all(map(torch.equal, one, other))
-    # Its last norm rounds once less.
+    # The last norm of the float32 model rounds once less.
     assert torch.equal(hidden(learns).bfloat16(), hidden(frozen).bfloat16())
     latent = torch.zeros(2, 0, learns.hidden_size)
-    said = [one.generate(one.prefill(PROBLEMS), latent, TEXTS, 5) for one in (learns, frozen)]
-    assert said[0] == said[1]
+    generated = [one.generate(one.prefill(PROBLEMS), latent, TEXTS, 5) for one in (learns, frozen)]
+    assert generated[0] == generated[1]
 
 
-def test_an_evaluation_computes_what_training_computes(tiny: Tiny, prefix: str) -> None:
-    backbone = tiny(**LEARNS, prefix=prefix)
+def test_evaluation_and_training_compute_the_same(tiny: Tiny, prefix: str) -> None:
+    backbone = tiny(**TRAINABLE, prefix=prefix)
     train(backbone, 2, 1e-3)
     with torch.no_grad():
         evaluated = hidden(backbone)
@@ -102,7 +100,7 @@ def test_an_evaluation_computes_what_training_computes(tiny: Tiny, prefix: str) 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_other_dtypes_compute_as_they_are_kept(tiny: Tiny, dtype: str) -> None:
+def test_other_dtypes_compute_in_the_dtype_of_the_weights(tiny: Tiny, dtype: str) -> None:
     learns, frozen = tiny(dtype=dtype, frozen=False), tiny(dtype=dtype)
     assert {weight.dtype for weight in trained(learns).values()} == {getattr(torch, dtype)}
     assert torch.equal(hidden(learns), hidden(frozen))

@@ -1,4 +1,4 @@
-"""Models that load are whole and safe; for all others there is one line that says what to do."""
+"""Models load completely and safely, or fail with a one-line error and a remedy."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from transformers import AutoConfig
 from hybrid.errors import UserError
 from hybrid.llm import SHAPES, LlamaConfig, misnamed
 from hybrid.llm.backbone import Backbone
-from hybrid.llm.load import _advice, _shape, load_backbone, shape
+from hybrid.llm.load import _error_message, _shape, load_backbone, shape
 from hybrid.llm.tiny import tiny_random
 
 CPU = torch.device("cpu")
 Saved = Callable[[str], Path]
-CANNOT_BE = {"num_attention_heads": 0, "hidden_size": "wide", "intermediate_size": 128}
+INVALID_CONFIG = {"num_attention_heads": 0, "hidden_size": "wide", "intermediate_size": 128}
 
 
 def load(model: Path | str, cache: Path, **keys: Any) -> Backbone:
@@ -34,7 +34,7 @@ def load(model: Path | str, cache: Path, **keys: Any) -> Backbone:
 
 
 def refused(model: Path | str, cache: Path) -> str:
-    """The one line in which it is refused."""
+    """Return the error line of a model that must be rejected."""
     with pytest.raises(UserError) as caught:
         load(model, cache)
     line = str(caught.value)
@@ -50,8 +50,8 @@ def change(folder: Path, name: str = "config.json", **keys: Any) -> Path:
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        found: torch.Tensor = model(torch.arange(20)[None]).logits
-    return found
+        output: torch.Tensor = model(torch.arange(20)[None]).logits
+    return output
 
 
 # Names
@@ -68,49 +68,49 @@ def logits(model: Any) -> torch.Tensor:
         "Llama-3.1-8B",
     ],
 )
-def test_a_name_like_metas_that_is_none_is_told_the_names_there_are(
-    name: str, tmp_path: Path
-) -> None:
+def test_unknown_llama_name_is_answered_with_known_names(name: str, tmp_path: Path) -> None:
     line = refused(name, tmp_path)
     assert name in line and "Llama-3.1-8B-Instruct" in line and "Llama-3.2-3B" in line
     [suggested] = re.findall(r"did you mean (\S+)\?", line)
     assert suggested in SHAPES and suggested.endswith("-Instruct") == name.lower().endswith("t")
 
 
-def test_names_that_exist_or_are_not_metas_are_left_alone() -> None:
+def test_known_names_and_names_of_other_owners_are_accepted() -> None:
     others = ("meta-llama/Llama-3.2-11B-Vision", "unsloth/Llama-3.2-8B", "./Llama-3.2-8B")
     assert not any(map(misnamed, (*SHAPES, *others)))
 
 
-# What is not there, or not whole
+# Missing and damaged models
 
 
 @pytest.mark.parametrize("name", ["./nothing", "/nothing/at/all", "~/nothing", "nothing.gguf"])
-def test_what_is_not_there_is_named(name: str, tmp_path: Path) -> None:
+def test_missing_path_is_named(name: str, tmp_path: Path) -> None:
     assert refused(name, tmp_path).endswith(f"{name}: no such file or folder")
 
 
-def test_what_is_no_model_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
-    """Whatever the folder is called."""
+def test_local_path_without_a_model_is_not_searched_on_the_hub(tmp_path: Path) -> None:
+    """The name of the folder does not matter."""
     for name in ("empty", "connect4"):
         (tmp_path / name).mkdir()
         line = refused(tmp_path / name, tmp_path)
         assert "cannot be loaded" in line and "hub" not in line
     (tmp_path / "notes.txt").write_text("no model")
-    assert "a folder or a .gguf file" in refused(tmp_path / "notes.txt", tmp_path)
+    assert "must be a folder or a .gguf file" in refused(tmp_path / "notes.txt", tmp_path)
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
 @pytest.mark.parametrize("kept", [0, 9, 0.5])
-def test_a_file_cut_off_is_one_line(saved: Saved, tmp_path: Path, file: str, kept: float) -> None:
+def test_truncated_file_gives_one_error_line(
+    saved: Saved, tmp_path: Path, file: str, kept: float
+) -> None:
     path = saved("model") / file
     data = path.read_bytes()
     path.write_bytes(data[: int(kept * len(data)) if kept < 1 else int(kept)])
     assert "cannot be loaded (" in refused(path.parent, tmp_path)
 
 
-@pytest.mark.parametrize(("key", "value"), CANNOT_BE.items())
-def test_a_config_that_cannot_be_is_one_line(
+@pytest.mark.parametrize(("key", "value"), INVALID_CONFIG.items())
+def test_invalid_model_config_gives_one_error_line(
     saved: Saved, tmp_path: Path, key: str, value: Any
 ) -> None:
     folder = change(saved("model"), **{key: value})
@@ -120,24 +120,22 @@ def test_a_config_that_cannot_be_is_one_line(
 
 
 @pytest.mark.parametrize("keys", [{"num_hidden_layers": 3}, {"tie_word_embeddings": False}])
-def test_a_tensor_that_is_missing_is_not_made_up(
-    saved: Saved, tmp_path: Path, keys: dict[str, Any]
-) -> None:
-    """Transformers would draw it at random and say so in a warning."""
+def test_missing_tensor_is_an_error(saved: Saved, tmp_path: Path, keys: dict[str, Any]) -> None:
+    """Transformers would initialize it at random and only warn."""
     assert "tensors are missing" in refused(change(saved("model"), **keys), tmp_path)
 
 
-def test_a_model_of_another_kind_is_refused(saved: Saved, tmp_path: Path) -> None:
+def test_other_architecture_is_rejected(saved: Saved, tmp_path: Path) -> None:
     folder = change(saved("model"), model_type="gpt2", architectures=["GPT2LMHeadModel"])
-    assert "no decoder of LLaMA's kind" in refused(folder, tmp_path)
+    assert "not a LLaMA-like decoder" in refused(folder, tmp_path)
 
 
-def test_a_broken_chat_template_is_one_line(saved: Saved, tmp_path: Path) -> None:
+def test_broken_chat_template_gives_one_error_line(saved: Saved, tmp_path: Path) -> None:
     folder = change(saved("model"), "tokenizer_config.json", chat_template="{{ bad")
     assert "cannot be loaded (" in refused(folder, tmp_path)
 
 
-def test_a_whole_folder_is_the_model_that_was_saved(saved: Saved, tmp_path: Path) -> None:
+def test_loaded_folder_is_the_saved_model(saved: Saved, tmp_path: Path) -> None:
     folder = saved("model")
     for dtype in ("float32", "bfloat16"):
         backbone = load(folder, tmp_path / "cache", dtype=dtype)
@@ -147,14 +145,14 @@ def test_a_whole_folder_is_the_model_that_was_saved(saved: Saved, tmp_path: Path
     assert backbone.revision == "local"
 
 
-# Nothing from outside is run
+# Remote code is never run
 
 
 @pytest.mark.parametrize("kind", ["llama", "custom", "tokenizer"])
-def test_code_that_comes_with_a_model_is_not_run(
+def test_code_next_to_a_model_is_not_run(
     saved: Saved, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor is anybody asked whether it should be. A known kind loads without it."""
+    """The user is not prompted either. A known architecture loads without the code."""
     folder, mark = saved("model"), tmp_path / "ran"
     (folder / "evil.py").write_text(
         f"open({str(mark)!r}, 'w').close()\n"
@@ -168,22 +166,22 @@ def test_code_that_comes_with_a_model_is_not_run(
     else:
         change(folder, model_type=kind, auto_map=classes)
 
-    def asked(*_: Any) -> str:
+    def confirm(*_: Any) -> str:
         mark.touch()
         return "y"
 
-    monkeypatch.setattr("builtins.input", asked)
-    found = shape(LlamaConfig(model=str(folder)))
-    assert (found is None) == (kind == "custom")
+    monkeypatch.setattr("builtins.input", confirm)
+    sizes = shape(LlamaConfig(model=str(folder)))
+    assert (sizes is None) == (kind == "custom")
     if kind == "llama":
         load(folder, tmp_path)
     else:
-        assert "needs code of its own, which is never run" in refused(folder, tmp_path)
+        assert "needs remote code, which is never run" in refused(folder, tmp_path)
     assert not mark.exists()
 
 
-class _Runs:
-    """Its pickle, opened, writes a file."""
+class _CreatesFile:
+    """Object whose unpickling creates a file."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -192,10 +190,10 @@ class _Runs:
         return Path.touch, (self.mark,)
 
 
-def test_pickled_weights_are_never_opened(saved: Saved, tmp_path: Path) -> None:
+def test_pickled_weights_are_never_loaded(saved: Saved, tmp_path: Path) -> None:
     folder, mark = saved("model"), tmp_path / "ran"
     (folder / "model.safetensors").unlink()
-    weights = {**tiny_random(torch.float32)[0].state_dict(), "x": _Runs(mark)}
+    weights = {**tiny_random(torch.float32)[0].state_dict(), "x": _CreatesFile(mark)}
     torch.save(weights, folder / "pytorch_model.bin")
     assert "pickled weights are never read" in refused(folder, tmp_path)
     assert not mark.exists()
@@ -204,28 +202,28 @@ def test_pickled_weights_are_never_opened(saved: Saved, tmp_path: Path) -> None:
 # The hub
 
 
-def test_a_hub_id_without_a_network_is_one_line_at_once(
+def test_hub_id_without_network_fails_at_once_with_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """HF_HUB_OFFLINE=1, as it is after import; nobody may so much as look up an address."""
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("looked for the hub"))
+    """With HF_HUB_OFFLINE=1 (set after import) not even an address lookup is allowed."""
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("resolved an address"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    started, line = time.monotonic(), refused("nobody/nothing", tmp_path)
-    assert "out of reach" in line and "hf download" in line and "smollm2-135m" in line
+    started, line = time.monotonic(), refused("owner/missing", tmp_path)
+    assert "unreachable" in line and "hf download" in line and "smollm2-135m" in line
     assert time.monotonic() - started < 5
 
 
-def test_sizes_are_not_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = "huggingface_hub.file_download.get_hf_file_metadata"
-    monkeypatch.setattr(asked, lambda *_, **__: pytest.fail("asked the hub"))
-    assert shape(LlamaConfig(model="nobody/nothing")) is None
+def test_sizes_are_not_requested_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = "huggingface_hub.file_download.get_hf_file_metadata"
+    monkeypatch.setattr(request, lambda *_, **__: pytest.fail("sent a request to the hub"))
+    assert shape(LlamaConfig(model="owner/missing")) is None
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_a_gated_model_is_told_to_accept_its_licence(
+def test_gated_model_error_names_the_licence_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrapped: bool
 ) -> None:
-    """Transformers sometimes puts another error around it."""
+    """Transformers sometimes wraps the error in another one."""
     response: Any = SimpleNamespace(headers={}, request=None)
 
     def gated(*_: Any, **__: Any) -> None:
@@ -239,16 +237,16 @@ def test_a_gated_model_is_told_to_accept_its_licence(
     assert "https://huggingface.co/meta-llama/Llama-3.1-8B " in line and "HF_TOKEN" in line
 
 
-def test_an_error_that_turns_in_circles_is_explained_too() -> None:
+def test_cyclic_error_chain_is_handled() -> None:
     first, second = OSError("first"), OSError("second")
     first.__cause__, second.__cause__ = second, first
-    assert "first" in _advice("nobody/nothing", first)
+    assert "first" in _error_message("owner/missing", first)
 
 
 # Memory and sizes
 
 
-def test_a_model_larger_than_the_memory_is_refused_before_it_is_read(
+def test_model_larger_than_the_memory_is_rejected_before_reading(
     saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = saved("model")
@@ -263,12 +261,12 @@ def test_a_model_larger_than_the_memory_is_refused_before_it_is_read(
 def test_shape_counts_every_parameter(smollm2: Backbone, saved: Saved) -> None:
     real = {"smollm2-135m": smollm2.model, "tiny-random": tiny_random(torch.float32)[0]}
     for name, model in real.items():
-        found = shape(LlamaConfig(model=name))
-        assert found is not None and found == _shape(model.config)
-        assert found.parameters == sum(weight.numel() for weight in model.parameters())
+        sizes = shape(LlamaConfig(model=name))
+        assert sizes is not None and sizes == _shape(model.config)
+        assert sizes.parameters == sum(weight.numel() for weight in model.parameters())
         cache = model.model(torch.zeros(1, 7, dtype=torch.long), use_cache=True)[1]
-        held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
-        assert found.kv_values_per_token * 7 == held, name
+        cached = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+        assert sizes.kv_values_per_token * 7 == cached, name
     assert shape(LlamaConfig(model=str(saved("model")))) == shape(LlamaConfig(model="tiny-random"))
 
 
@@ -280,7 +278,7 @@ def test_shape_counts_every_parameter(smollm2: Backbone, saved: Saved) -> None:
         ("meta-llama/Llama-3.3-70B-Instruct", (8192, 28672, 80, 64, False)),
     ],
 )
-def test_metas_shapes_are_those_of_the_real_architecture(
+def test_known_shapes_match_the_real_architecture(
     name: str, sizes: tuple[int, int, int, int, bool]
 ) -> None:
     hidden, inner, layers, heads, tied = sizes
@@ -303,7 +301,7 @@ def test_metas_shapes_are_those_of_the_real_architecture(
 
 
 def untied(folder: Path) -> Path:
-    """A folder with the tiny model and an output head of its own."""
+    """Save the tiny model with an untied output head."""
     model, tokenizer = tiny_random(torch.float32)
     model.config.tie_word_embeddings = False
     model.lm_head.weight = torch.nn.Parameter(2 * model.lm_head.weight.detach())
@@ -312,33 +310,33 @@ def untied(folder: Path) -> Path:
     return folder
 
 
-def test_a_head_that_writes_nothing_is_dropped_and_still_identifies_the_model(
+def test_unused_head_is_dropped_without_changing_the_fingerprint(
     tmp_path: Path,
 ) -> None:
     folder = untied(tmp_path / "untied")
-    writes = load(folder, tmp_path, max_new_tokens=1)
-    silent = load(folder, tmp_path)
-    assert writes.model.lm_head is not None and silent.model.lm_head is None
-    held = {name for name, _ in silent.model.named_parameters()}
-    assert held == {name for name, _ in silent.model.model.named_parameters(prefix="model")}
-    assert silent.identity() == writes.identity()
+    with_head = load(folder, tmp_path, max_new_tokens=1)
+    without_head = load(folder, tmp_path)
+    assert with_head.model.lm_head is not None and without_head.model.lm_head is None
+    names = {name for name, _ in without_head.model.named_parameters()}
+    assert names == {name for name, _ in without_head.model.model.named_parameters(prefix="model")}
+    assert without_head.identity() == with_head.identity()
     with torch.no_grad():
-        silent.model.model.norm.weight[5] += 0.1
-    assert silent.fingerprint() != writes.fingerprint()
+        without_head.model.model.norm.weight[5] += 0.1
+    assert without_head.fingerprint() != with_head.fingerprint()
     latent = torch.ones(1, 2, 32)
     read = [
         one.read(one.prefill([[5, 6, 7]]), latent, [[8]])
-        for one in (load(folder, tmp_path), writes)
+        for one in (load(folder, tmp_path), with_head)
     ]
     assert torch.equal(*read)
 
 
-def test_a_head_that_shares_the_embeddings_stays(saved: Saved, tmp_path: Path) -> None:
+def test_tied_head_is_kept(saved: Saved, tmp_path: Path) -> None:
     model = load(saved("model"), tmp_path).model
     assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
-def test_a_model_that_learns_needs_memory_for_float32(
+def test_trained_model_needs_memory_for_float32(
     saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = saved("model")
@@ -351,7 +349,7 @@ def test_a_model_that_learns_needs_memory_for_float32(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_model_goes_straight_to_its_device(saved: Saved, tmp_path: Path) -> None:
+def test_model_is_loaded_on_its_device(saved: Saved, tmp_path: Path) -> None:
     device = torch.device("cuda")
     backbone = load_backbone(LlamaConfig(model=str(saved("model"))), device, tmp_path)
     assert {weight.device.type for weight in backbone.model.parameters()} == {"cuda"}

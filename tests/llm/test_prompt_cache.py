@@ -1,4 +1,4 @@
-"""Encodings made beforehand are those made now, and nothing else is taken for one."""
+"""Stored prompt caches equal computed ones, and other files are never used as one."""
 
 from __future__ import annotations
 
@@ -24,38 +24,38 @@ PROBLEMS = ([5, 6, 7, 8, 9], [20, 21], [30, 31, 32, 33, 34, 35, 36], [40])
 TEXTS = ([50, 51, 52], [60], [70, 71], [80, 81])
 
 
-def tensors(encoding: PromptCache) -> list[Tensor]:
-    """Its tensors, padding blanked: nobody looks at what is there."""
-    mask = encoding.mask[:, None, :, None]
-    layers = [tensor * mask for layer in encoding.layers for tensor in layer]
-    return [encoding.tokens * encoding.mask, encoding.mask, *layers]
+def tensors(prompts: PromptCache) -> list[Tensor]:
+    """Return the tensors with padding set to zero, because padding is never read."""
+    mask = prompts.mask[:, None, :, None]
+    layers = [tensor * mask for layer in prompts.layers for tensor in layer]
+    return [prompts.tokens * prompts.mask, prompts.mask, *layers]
 
 
-def read(backbone: Backbone, encoding: PromptCache) -> Tensor:
+def read(backbone: Backbone, prompts: PromptCache) -> Tensor:
     generator = torch.Generator().manual_seed(1)
-    latent = torch.randn(len(encoding), 2, backbone.hidden_size, generator=generator)
-    return backbone.read(encoding, latent * backbone.embedding_scale, TEXTS[: len(encoding)])
+    latent = torch.randn(len(prompts), 2, backbone.hidden_size, generator=generator)
+    return backbone.read(prompts, latent * backbone.embedding_scale, TEXTS[: len(prompts)])
 
 
-def test_what_is_stored_is_what_would_be_made(tiny: Tiny, tmp_path: Path) -> None:
+def test_stored_cache_equals_computed_cache(tiny: Tiny, tmp_path: Path) -> None:
     backbone = tiny()
     assert PromptCacheStore(tmp_path, backbone).add(PROBLEMS) == 4
     store = PromptCacheStore(tmp_path, backbone)
     stored, live = store.prefill(PROBLEMS), backbone.prefill(PROBLEMS)
     for problem in PROBLEMS:
-        kept = load_file(store.path(problem))
-        assert set(kept) == {"keys", "values"}
-        assert {value.shape for value in kept.values()} == {(2, 2, len(problem), 8)}
+        saved = load_file(store.path(problem))
+        assert set(saved) == {"keys", "values"}
+        assert {value.shape for value in saved.values()} == {(2, 2, len(problem), 8)}
     for one, other in zip(tensors(stored), tensors(live), strict=True):
         assert one.dtype == other.dtype
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
-    found, wanted = (read(backbone, encoding) for encoding in (stored, live))
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+    actual, expected = (read(backbone, prompts) for prompts in (stored, live))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
-def test_it_is_read_back_to_the_bit(tiny: Tiny, tmp_path: Path, dtype: str) -> None:
-    """One at a time: how a batch is put together rounds otherwise."""
+def test_single_prompt_is_restored_bit_for_bit(tiny: Tiny, tmp_path: Path, dtype: str) -> None:
+    """Prompts are cached one at a time, because the composition of a batch changes rounding."""
     backbone = tiny(dtype=dtype)
     store = PromptCacheStore(tmp_path, backbone)
     for problem in PROBLEMS:
@@ -65,48 +65,48 @@ def test_it_is_read_back_to_the_bit(tiny: Tiny, tmp_path: Path, dtype: str) -> N
             assert all(map(torch.equal, tensors(stored), tensors(live)))
 
 
-@pytest.mark.parametrize("there", [[0], [1, 3], [2], [], [0, 1, 2, 3]])
-def test_rows_keep_their_order_when_some_are_there(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: list[int]
+@pytest.mark.parametrize("stored", [[0], [1, 3], [2], [], [0, 1, 2, 3]])
+def test_partly_stored_batch_keeps_its_row_order(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: list[int]
 ) -> None:
-    """And only what is not there is encoded."""
+    """Only missing prompts are computed."""
     backbone = tiny()
     store = PromptCacheStore(tmp_path, backbone)
-    store.add([PROBLEMS[n] for n in there])
-    wanted = backbone.prefill(PROBLEMS)
-    made: list[list[int]] = []
-    encode = backbone.encode
+    store.add([PROBLEMS[n] for n in stored])
+    expected = backbone.prefill(PROBLEMS)
+    computed: list[list[int]] = []
+    prefill = backbone.prefill
 
-    def watched(problems: list[list[int]]) -> PromptCache:
-        made.extend(problems)
-        return encode(problems)
+    def record(problems: list[list[int]]) -> PromptCache:
+        computed.extend(problems)
+        return prefill(problems)
 
-    monkeypatch.setattr(backbone, "encode", watched)
-    found = store.prefill(PROBLEMS)
-    assert made == [problem for n, problem in enumerate(PROBLEMS) if n not in there]
-    for one, other in zip(tensors(found), tensors(wanted), strict=True):
+    monkeypatch.setattr(backbone, "prefill", record)
+    actual = store.prefill(PROBLEMS)
+    assert computed == [problem for n, problem in enumerate(PROBLEMS) if n not in stored]
+    for one, other in zip(tensors(actual), tensors(expected), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
-def test_add_skips_what_is_there(tiny: Tiny, tmp_path: Path) -> None:
+def test_add_skips_stored_prompts(tiny: Tiny, tmp_path: Path) -> None:
     store = PromptCacheStore(tmp_path, tiny())
     assert store.add(PROBLEMS[:2]) == 2
     times = {path: path.stat().st_mtime_ns for path in store.folder.iterdir()}
     assert set(times) == {store.path(problem) for problem in PROBLEMS[:2]}
     assert store.add(PROBLEMS) == 2 and store.add(PROBLEMS) == 0 and store.add([]) == 0
-    assert len(list(store.folder.iterdir())) == 4, "something else than encodings is left"
+    assert len(list(store.folder.iterdir())) == 4, "a temporary file is left"
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
 
 
-def test_a_problem_given_twice_is_made_once(tiny: Tiny, tmp_path: Path) -> None:
+def test_duplicate_prompt_is_computed_once(tiny: Tiny, tmp_path: Path) -> None:
     store = PromptCacheStore(tmp_path, tiny())
     assert store.add([PROBLEMS[0], PROBLEMS[1], PROBLEMS[0]]) == 2
-    encoding = store.prefill([PROBLEMS[0], PROBLEMS[1], PROBLEMS[0]])
-    assert encoding.mask.sum(1).tolist() == [5, 2, 5]
+    prompts = store.prefill([PROBLEMS[0], PROBLEMS[1], PROBLEMS[0]])
+    assert prompts.mask.sum(1).tolist() == [5, 2, 5]
 
 
 @pytest.mark.parametrize("kept", [0, 5, 100, -1])
-def test_a_truncated_file_is_named(tiny: Tiny, tmp_path: Path, kept: int) -> None:
+def test_truncated_file_is_named(tiny: Tiny, tmp_path: Path, kept: int) -> None:
     store = PromptCacheStore(tmp_path, tiny())
     store.add(PROBLEMS)
     path = store.path(PROBLEMS[2])
@@ -117,10 +117,10 @@ def test_a_truncated_file_is_named(tiny: Tiny, tmp_path: Path, kept: int) -> Non
     assert "delete it" in str(caught.value)
 
 
-def test_a_killed_write_is_taken_for_nothing(
+def test_killed_write_leaves_no_file(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed before the rename: the next one makes it as if nothing had been."""
+    """A write killed before the rename is repeated by the next call."""
     store = PromptCacheStore(tmp_path, tiny())
 
     def killed(*_: object) -> None:
@@ -134,7 +134,7 @@ def test_a_killed_write_is_taken_for_nothing(
     assert store.add(PROBLEMS[:1]) == 1
 
 
-def test_another_dtype_or_model_has_another_folder(tiny: Tiny, tmp_path: Path) -> None:
+def test_each_dtype_and_model_has_its_own_folder(tiny: Tiny, tmp_path: Path) -> None:
     backbone, other = tiny(), tiny()
     with torch.no_grad():
         other.model.model.layers[0].mlp.up_proj.weight.mul_(1.1)
@@ -143,10 +143,10 @@ def test_another_dtype_or_model_has_another_folder(tiny: Tiny, tmp_path: Path) -
     assert PromptCacheStore(tmp_path, tiny()).folder == PromptCacheStore(tmp_path, backbone).folder
 
 
-def test_the_same_weights_with_another_rope_have_another_folder(
+def test_same_weights_with_another_rope_have_another_folder(
     saved: Callable[[str], Path], models: Path, tmp_path: Path
 ) -> None:
-    """What is remembered depends on the config too."""
+    """The key-value cache depends on the RoPE frequencies as well."""
     folders = set()
     for theta in (1e4, 5e5):
         folder = saved(f"rope{theta:g}")
@@ -158,31 +158,31 @@ def test_the_same_weights_with_another_rope_have_another_folder(
     assert len(folders) == 2
 
 
-def test_a_reader_reads_them_when_the_config_says_so(
+def test_reader_uses_the_store_if_the_config_enables_it(
     models: Path, tmp_path: Path, arc1: dict[str, Task]
 ) -> None:
     device = torch.device("cpu")
-    places = {"models": models, "prompt_cache": tmp_path}
-    reader = open_reader(LlamaConfig(model="tiny-random", prompt_cache=True), device, **places)
+    folders = {"models": models, "prompt_cache": tmp_path}
+    reader = open_reader(LlamaConfig(model="tiny-random", prompt_cache=True), device, **folders)
     assert isinstance(reader, Reader) and reader.store is not None
     prompts = [reader.prompt(arc1[name]) for name in ("25ff71a9", "d037b0a7")]
     live = reader.prefill(prompts)
-    assert not list(tmp_path.iterdir()), "reading wrote something"
+    assert not list(tmp_path.iterdir()), "prefill wrote a file"
     reader.store.add([prompt.tokens for prompt in prompts])
-    reader.backbone.encode = None  # type: ignore[assignment, method-assign]
+    reader.backbone.prefill = None  # type: ignore[assignment, method-assign]
     for one, other in zip(tensors(reader.prefill(prompts)), tensors(live), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-    plain = open_reader(LlamaConfig(model="tiny-random"), device, **places)
+    plain = open_reader(LlamaConfig(model="tiny-random"), device, **folders)
     assert plain.store is None and plain.prefill(prompts) is not None
 
 
-def test_smollm2_is_read_alike_from_disk(
+def test_smollm2_reads_the_same_from_disk(
     smollm2: Backbone, tmp_path: Path, arc1: dict[str, Task]
 ) -> None:
     reader = Reader(smollm2)
     problems = [reader.prompt(arc1[name]).tokens for name in ("25ff71a9", "d037b0a7")]
     store = PromptCacheStore(tmp_path, smollm2)
     store.add(problems)
-    found = read(smollm2, store.prefill(problems))
-    wanted = read(smollm2, smollm2.prefill(problems))
-    assert ((found - wanted).norm(dim=1) / wanted.norm(dim=1)).max() < 1e-4
+    actual = read(smollm2, store.prefill(problems))
+    expected = read(smollm2, smollm2.prefill(problems))
+    assert ((actual - expected).norm(dim=1) / expected.norm(dim=1)).max() < 1e-4

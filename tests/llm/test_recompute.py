@@ -1,4 +1,4 @@
-"""Recomputed layer by layer, a reading has the same numbers and keeps one input a layer."""
+"""Layer-wise recomputation gives the same values and keeps one input per layer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LAYERS, WIDTH = 6, 64
 
 
 def deep(**keys: Any) -> Backbone:
-    """A decoder of six layers, float32."""
+    """Return a float32 decoder of six layers."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         ModelConfig(
@@ -47,7 +47,7 @@ TEXTS = ([50, 51, 52], [60, 61, 62, 63, 64])
 
 
 def saved_bytes(run: Callable[[], Tensor]) -> tuple[int, Tensor]:
-    """Bytes of the storages that a graph keeps for backward, weights aside, and what `run` gave."""
+    """Return the bytes saved for backward, without weights, and the result of `run`."""
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -56,45 +56,45 @@ def saved_bytes(run: Callable[[], Tensor]) -> tuple[int, Tensor]:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
-        found = run()
-    return sum(storages.values()), found
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = run()
+    return sum(storages.values()), output
 
 
-def read(backbone: Backbone, encoding: PromptCache, recompute: bool) -> tuple[int, list[Tensor]]:
-    """Bytes kept, hidden states, the latent's gradient and the weights' if they learn."""
+def read(backbone: Backbone, prompts: PromptCache, recompute: bool) -> tuple[int, list[Tensor]]:
+    """Return saved bytes, and hidden states with gradients of the latent and trainable weights."""
     latent = torch.linspace(-1, 1, 2 * 3 * WIDTH).view(2, 3, WIDTH).requires_grad_()
-    held, out = saved_bytes(lambda: backbone.read(encoding, latent, TEXTS, recompute=recompute))
+    saved, out = saved_bytes(lambda: backbone.read(prompts, latent, TEXTS, recompute=recompute))
     weights = [] if backbone.config.frozen else list(backbone.model.model.parameters())
-    slopes = torch.autograd.grad(out.sin().sum(), [latent, *weights])
-    return held, [out.detach(), *slopes]
+    grads = torch.autograd.grad(out.sin().sum(), [latent, *weights])
+    return saved, [out.detach(), *grads]
 
 
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("prefix", ["attempt", "problem"])
-def test_numbers_are_the_same_to_the_bit(prefix: str, frozen: bool) -> None:
+def test_recomputation_is_bit_identical(prefix: str, frozen: bool) -> None:
     backbone = deep(prefix=prefix, frozen=frozen)
-    kept, again = (
+    stored, recomputed = (
         read(backbone, backbone.prefill(problems(40)), recompute)[1] for recompute in (False, True)
     )
-    assert all(map(torch.equal, kept, again))
-    assert all(slope.any() for slope in again[1:])
+    assert all(map(torch.equal, stored, recomputed))
+    assert all(grad.any() for grad in recomputed[1:])
 
 
 @pytest.mark.parametrize("prefix", ["attempt", "problem"])
-def test_backward_keeps_one_input_a_layer(prefix: str) -> None:
+def test_backward_keeps_one_input_per_layer(prefix: str) -> None:
     backbone = deep(prefix=prefix)
-    encoding = backbone.prefill(problems(400))
-    kept, again = (read(backbone, encoding, recompute)[0] for recompute in (False, True))
+    prompts = backbone.prefill(problems(400))
+    stored, recomputed = (read(backbone, prompts, recompute)[0] for recompute in (False, True))
     positions = 2 * (3 + 5 + (400 if prefix == "problem" else 0))
     inputs = LAYERS * positions * WIDTH * 4
-    # Beside the inputs: the last norm and the mask.
-    assert inputs <= again < 2 * inputs + positions * 500
-    assert kept > 8 * again
+    # The last norm and the mask are saved in addition to the inputs.
+    assert inputs <= recomputed < 2 * inputs + positions * 500
+    assert stored > 8 * recomputed
 
 
 def peak(run: Callable[[], object]) -> int:
-    """Most bytes that `run` had allocated at any time."""
+    """Return the peak of allocated bytes during `run`."""
     with torch.profiler.profile(profile_memory=True) as profiler:
         run()
     events = profiler.profiler.kineto_results.events()
@@ -104,23 +104,23 @@ def peak(run: Callable[[], object]) -> int:
 
 
 @pytest.mark.parametrize("prefix", ["attempt", "problem"])
-def test_backward_needs_one_layer_at_a_time(prefix: str) -> None:
-    """Where the decoder is recomputed as a whole, its peak is that of keeping everything."""
+def test_backward_holds_one_layer_at_a_time(prefix: str) -> None:
+    """Recomputing the whole decoder at once would have the peak of storing all activations."""
     backbone = deep(prefix=prefix)
-    encoding = backbone.prefill(problems(400))
-    kept, again = (
-        peak(partial(read, backbone, encoding, recompute)) for recompute in (False, True)
+    prompts = backbone.prefill(problems(400))
+    stored, recomputed = (
+        peak(partial(read, backbone, prompts, recompute)) for recompute in (False, True)
     )
-    assert again < kept / 2.5
+    assert recomputed < stored / 2.5
 
 
-def test_a_problem_that_is_learned_from_keeps_one_input_a_layer_and_its_cache() -> None:
+def test_prefill_with_gradient_keeps_one_input_per_layer_and_the_cache() -> None:
     backbone = deep(frozen=False)
-    held, _ = saved_bytes(lambda: backbone.prefill(problems(400)).layers[-1][0])
-    assert held < 1.5 * LAYERS * 2 * 400 * WIDTH * 4
+    saved, _ = saved_bytes(lambda: backbone.prefill(problems(400)).layers[-1][0])
+    assert saved < 1.5 * LAYERS * 2 * 400 * WIDTH * 4
 
 
-def test_the_decoder_is_left_as_it_was() -> None:
+def test_decoder_forward_is_restored() -> None:
     backbone = deep()
     read(backbone, backbone.prefill(problems(20)), recompute=True)
     assert not any("forward" in vars(layer) for layer in backbone.model.model.layers)
