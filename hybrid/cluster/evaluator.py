@@ -18,14 +18,8 @@ from hybrid.cluster.runtime import cluster
 from hybrid.config import Config
 from hybrid.device import share_cores
 from hybrid.errors import UserError
-from hybrid.evaluate import (
-    HybridPredictor,
-    Job,
-    Prediction,
-    Question,
-    TRMPredictor,
-    open_predictor,
-)
+from hybrid.evaluate import HybridPredictor, Job, Question, TRMPredictor, open_predictor
+from hybrid.evaluate.records import Prediction
 from hybrid.evaluate.run import PredictAll
 
 log = logging.getLogger(__name__)
@@ -37,10 +31,7 @@ WAIT_FOR_NODES_S = 1800.0
 
 
 class Evaluator:
-    """Actor that holds a predictor for the duration of an evaluation.
-
-    `actors_on_this_machine` sets its share of the CPU cores.
-    """
+    """Actor that holds a predictor; `actors_on_this_machine` sets its share of the CPU cores."""
 
     def __init__(self, job: Job, checkpoint: str, actors_on_this_machine: int) -> None:
         share_cores(actors_on_this_machine)
@@ -52,12 +43,8 @@ class Evaluator:
         """Return once the actor has started."""
 
     def predict(self, question: Question) -> Prediction:
-        """Predict the outputs of a question.
-
-        The first call opens the predictor: a UserError raised in the constructor would be reported
-        as the actor's death.
-        """
-        if self.predictor is None:
+        """Predict the outputs of a question."""
+        if self.predictor is None:  # in __init__ a UserError would kill the actor
             job = self.job
             if storage.is_uri(self.checkpoint):  # this node's cached copy
                 job = replace(job, checkpoint=read(storage.folder(self.checkpoint)))
@@ -66,7 +53,7 @@ class Evaluator:
 
 
 def predict_on_ray(config: Config) -> PredictAll:
-    """Return a function that answers questions on actors and yields predictions as they complete."""
+    """Return a function that answers questions on actors, in order of completion."""
 
     def predict_all(job: Job, questions: Sequence[Question]) -> Iterator[Prediction]:
         size = min(config.cluster.num_workers, len(questions))

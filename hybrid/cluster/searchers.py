@@ -27,11 +27,7 @@ def known_trials(config: Config) -> list[Trial]:
 
 
 class RandomSearch:
-    """Trials sampled in advance.
-
-    Tune runs finished trials again, which report their validations and return. Failed trials are
-    left out.
-    """
+    """Trials sampled in advance; finished ones report to Tune again, failed ones are left out."""
 
     def __init__(self, config: Config, axes: Sequence[Axis]) -> None:
         known = known_trials(config)

@@ -97,10 +97,7 @@ class _TorchConfig(TorchConfig):  # type: ignore[misc]
 
 
 def _handle_sigterm() -> None:
-    """Install a SIGTERM handler in a worker's main thread; training runs in another thread.
-
-    A second SIGTERM calls the previous handler.
-    """
+    """Set `_preempted` on SIGTERM, in the main thread; a second SIGTERM calls the old handler."""
     previous = signal.getsignal(signal.SIGTERM)
 
     def handler(number: int, frame: FrameType | None) -> None:

@@ -131,10 +131,7 @@ def _prepared(config: Config, start: str | None, echo: Echo) -> Config:
 
 
 def _check_unchanged(config: Config) -> str | None:
-    """Return the start checkpoint of the sweep in the run folder, or None.
-
-    Raises UserError if the folder holds a different sweep.
-    """
+    """Return the recorded start checkpoint, if any; raise UserError if the sweep has changed."""
     record = _read_record(config)
     if record is None:
         return None
@@ -153,11 +150,11 @@ def _check_unchanged(config: Config) -> str | None:
 
 def _read_record(config: Config) -> SweepRecord | None:
     path = config.run_folder / SWEEP
-    storage.download(path)
-    if not path.exists():
+    data = storage.read(path)
+    if data is None:
         return None
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(data)
     except ValueError as error:
         raise UserError(f"{storage.uri(path)}: cannot be read ({error})") from error
     return SweepRecord(start=content.pop("start", None), config=content)
@@ -165,8 +162,8 @@ def _read_record(config: Config) -> SweepRecord | None:
 
 def _write_record(config: Config, record: SweepRecord) -> None:
     make_folder(config.run_folder)
-    content = {**record.config, "start": record.start}
-    storage.write(config.run_folder / SWEEP, json.dumps(content))
+    data = json.dumps({**record.config, "start": record.start})
+    storage.write(config.run_folder / SWEEP, data)
 
 
 def _workers(config: Config) -> int:
@@ -248,10 +245,7 @@ def _resources(config: Config) -> dict[str, float]:
 
 
 def _train_trial(settings: dict[str, Any], base: dict[str, Any]) -> None:
-    """Run or resume one trial, in Tune's process.
-
-    `settings`: the sampled values. `base`: the experiment as plain values.
-    """
+    """Run or resume one trial in Tune's process; `settings` holds the sampled values."""
     values = settings.get("values", settings)
     config = _config_of(from_dict(base), values)
     known = read_trial(config.run_folder)

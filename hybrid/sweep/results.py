@@ -92,10 +92,7 @@ def read_reason(run_folder: Path) -> str:
 
 
 def ranked(trials: Sequence[Trial]) -> list[Trial]:
-    """Sort trials by their last objective, best first.
-
-    Trials without a score follow those with one. Failed trials come last, with or without a score.
-    """
+    """Sort by newest objective, best first; then trials without one, then failed trials."""
 
     def key(trial: Trial) -> tuple[bool, float, str]:
         objective = trial.last.objective if trial.last else -1.0
@@ -181,10 +178,7 @@ def write_results(path: Path, trials: Sequence[Trial], axes: Sequence[Axis]) -> 
 
 
 def best_yaml(config: Config, trials: Sequence[Trial]) -> str:
-    """Return the experiment with the best trial's values, as YAML for jobs/joint.py.
-
-    Raises UserError if no trial has a score.
-    """
+    """Return the best trial's experiment as YAML; raise UserError if no trial has a score."""
     scored = [t for t in ranked(trials) if t.last and t.status != "failed"]
     if not scored:
         raise UserError("no trial of the sweep has a score")

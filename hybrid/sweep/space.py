@@ -49,10 +49,7 @@ class Axis:
 
 
 def parse_space(config: Config) -> tuple[Axis, ...]:
-    """Return the axes of `sweep.space`.
-
-    Raises UserError that lists every problem, including values that no config accepts.
-    """
+    """Parse `sweep.space`; raise UserError that lists all problems, invalid values included."""
     space = config.sweep.space
     if not space:
         raise UserError("sweep.space: names no key; add at least one key to sweep over")

@@ -1,4 +1,4 @@
-"""Real local clusters for all tests marked `ray`, and a tiny experiment on real ARC tasks."""
+"""Fixtures for tests marked `ray`: local clusters, and a tiny experiment on real ARC tasks."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ known = vars(scripts.ray_constants)
 scripts.ray_constants = types.SimpleNamespace(**{**known, "ENABLE_RAY_CLUSTER": True})
 scripts.cli()
 """
-"""The command `ray`, which else refuses a second node where all listen on the loopback alone."""
+"""The `ray` command, patched to allow a second node although all listen on the loopback only."""
 
 
 @pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
-    """A cluster in this process. A module has this one or `start_cluster`, never both: two at a
-    time on a machine disturb each other.
+    """A cluster that this process starts. A module uses either this or `start_cluster`, because two
+    clusters on one machine disturb each other.
     """
     import ray
 
@@ -60,7 +60,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def experiment(prepared: Path) -> Callable[..., Config]:
-    """experiment(run, section={key: value}) -> a tiny config on the prepared tasks."""
+    """experiment(run, section={key: value}) returns a tiny config on the prepared tasks."""
     return partial(make_experiment, prepared.parent)
 
 
@@ -95,9 +95,9 @@ def make_experiment(root: Path, run: str, **sections: dict[str, Any]) -> Config:
 
 
 @pytest.fixture(scope="session")
-def many_views(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
-    """Configs on the same tasks with many variants, whose answers take a while."""
-    root = tmp_path_factory.mktemp("views")
+def many_variants(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
+    """Configs on the same tasks with many variants, so that an evaluation takes a while."""
+    root = tmp_path_factory.mktemp("variants")
 
     def make(run: str, **cluster: Any) -> Config:
         return make_experiment(
@@ -115,18 +115,18 @@ def many_views(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config
 
 
 @pytest.fixture(scope="session")
-def solved(alone: Shell, many_views: Callable[..., Config]) -> Path:
-    """An evaluation of these that nobody disturbs: its folder, in that of the run it asks."""
-    config = many_views("calm")
-    alone.here("pretrain.py", config)
-    done = alone.here("evaluate.py", config)
-    print(f"evaluation undisturbed, one process: {done.seconds:.1f} s")
+def evaluated(shell: Shell, many_variants: Callable[..., Config]) -> Path:
+    """Folder of an uninterrupted evaluation of `many_variants`, inside the run folder."""
+    config = many_variants("calm")
+    shell.run_local("pretrain.py", config)
+    done = shell.run_local("evaluate.py", config)
+    print(f"uninterrupted evaluation, one process: {done.seconds:.1f} s")
     [folder] = (config.run_folder / "evaluation").iterdir()
     return folder
 
 
 class Node:
-    """A node of a cluster: `ray start` and all that it has started."""
+    """A cluster node: `ray start` and its child processes."""
 
     def __init__(self, *arguments: str, prefix: tuple[str, ...], env: dict[str, str]) -> None:
         self.metrics = free_port()
@@ -146,13 +146,13 @@ class Node:
 
     def processes(self) -> list[psutil.Process]:
         try:
-            me = psutil.Process(self.process.pid)
-            return [me, *me.children(recursive=True)]
+            root = psutil.Process(self.process.pid)
+            return [root, *root.children(recursive=True)]
         except psutil.NoSuchProcess:
             return []
 
     def kill(self) -> None:
-        """As if the machine were switched off."""
+        """Kill all processes, as a power failure would."""
         for process in self.processes():
             try:
                 process.kill()
@@ -162,10 +162,10 @@ class Node:
 
 
 class Shell:
-    """Runs commands as users do, in an environment that knows of no cluster."""
+    """Runs commands in an environment without a cluster."""
 
     def __init__(self, env: dict[str, str]) -> None:
-        self.folder = tempfile.mkdtemp(prefix="arc")  # short: sockets are in it
+        self.folder = tempfile.mkdtemp(prefix="arc")  # short, because socket paths are limited
         self.env = {
             **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
             "PATH": f"{BIN}:{os.environ['PATH']}",
@@ -174,12 +174,12 @@ class Shell:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_worker_niceness": "0",
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-            "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin stand still on a busy machine
+            "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads starve on a busy machine
             **env,
         }
 
     def run(self, *command: str, cwd: Path = ROOT, timeout: float = 300, **env: str) -> Done:
-        """A command, its output and its time."""
+        """Run a command; return its output and duration."""
         started = time.monotonic()
         done = subprocess.run(
             command, cwd=cwd, env=self.env | env, capture_output=True, text=True, timeout=timeout
@@ -187,7 +187,7 @@ class Shell:
         return Done(done.returncode, done.stdout, done.stderr, time.monotonic() - started)
 
     def spawn(self, *command: str, cwd: Path = ROOT, **env: str) -> subprocess.Popen[str]:
-        """The same in the background."""
+        """Start a command in the background."""
         return subprocess.Popen(
             command,
             cwd=cwd,
@@ -197,22 +197,22 @@ class Shell:
             text=True,
         )
 
-    def here(self, script: str, config: Config, *overrides: str) -> Done:
-        """A job in one process, without a cluster; fails if it fails."""
+    def run_local(self, script: str, config: Config, *overrides: str) -> Done:
+        """Run a job in one process, without a cluster; assert that it succeeds."""
         command = self.job(script, config, *overrides, "cluster.num_workers=0")
         done = self.run(*command)
         assert done.code == 0, done.out + done.err
         return done
 
     def job(self, script: str, config: Config, *overrides: str) -> tuple[str, ...]:
-        """A job of ours as a plain client runs it, with RAY_ADDRESS=self.address."""
+        """Return the command line of a job. With RAY_ADDRESS it joins a cluster as a client."""
         file = Path(self.folder) / f"{config.logging.run}.yaml"
         file.write_text(dump(config))
         return (sys.executable, str(ROOT / "jobs" / script), "--config", str(file), *overrides)
 
 
 class Cluster(Shell):
-    """Nodes on the loopback, which a test talks to from outside."""
+    """Nodes on the loopback interface, controlled from outside."""
 
     def __init__(self, cpus: float, env: dict[str, str]) -> None:
         super().__init__(env)
@@ -229,7 +229,7 @@ class Cluster(Shell):
         )
 
     def add(self, cpus: float, prefix: tuple[str, ...] = (), **env: str) -> Node:
-        """One more node; `prefix`: a command that runs its command."""
+        """Add a node; `prefix` is a command that wraps `ray start`."""
         arguments = f"--address={self.address}", f"--num-cpus={cpus:g}"
         return self._start(*arguments, prefix=prefix, **env)
 
@@ -238,24 +238,24 @@ class Cluster(Shell):
         node = Node(*arguments, prefix=prefix, env=self.env | env)
         self.nodes.append(node)
         wait_for(lambda: node.process.poll() or self.names() - before, 90, "a node")
-        assert node.process.poll() is None, "a node does not start"
+        assert node.process.poll() is None, "the node did not start"
         return node
 
     def names(self) -> set[str]:
         return {node.node_id for node in self.alive()}
 
     def alive(self) -> list[Any]:
-        """What the state API says of the nodes."""
+        """Return the state API's records of living nodes."""
         from ray.util.state import list_nodes
 
         try:
-            # Filtered here: asked to filter, Ray fails once a node is dead.
+            # Filter here, because Ray's own filter fails once a node is dead.
             return [node for node in list_nodes(self.dashboard) if node.state == "ALIVE"]
-        except Exception:  # not up yet
+        except Exception:  # the dashboard is not up yet
             return []
 
     def pids(self, actor: str, node: str | None = None) -> list[int]:
-        """Processes of the living actors of a class."""
+        """Return the process ids of the living actors of a class."""
         from ray.util.state import list_actors
 
         filters = [("class_name", "=", actor), ("state", "=", "ALIVE")]
@@ -266,8 +266,8 @@ class Cluster(Shell):
         ]
 
     def gauges(self) -> dict[str, float]:
-        """What the nodes tell Prometheus of our runs: name{run} -> value."""
-        found = {}
+        """Return the gauges that the nodes export to Prometheus: name{run} -> value."""
+        gauges = {}
         for node in self.nodes:
             with urlopen(f"http://127.0.0.1:{node.metrics}/metrics", timeout=5) as page:
                 text = page.read().decode()
@@ -275,8 +275,8 @@ class Cluster(Shell):
                 r"^ray_(arc_hybrid_\w+)\{(.*)\} (\S+)$", text, re.M
             ):
                 [run] = re.findall(r'\brun="(.*?)"', tags)
-                found[f"{name}{{{run}}}"] = float(value)
-        return found
+                gauges[f"{name}{{{run}}}"] = float(value)
+        return gauges
 
     def stop(self) -> None:
         for node in reversed(self.nodes):
@@ -286,7 +286,7 @@ class Cluster(Shell):
 
 
 class Done:
-    """A command that has ended."""
+    """Exit code, output and duration of a command."""
 
     def __init__(self, code: int, out: str, err: str, seconds: float) -> None:
         self.code, self.out, self.err, self.seconds = code, out, err, seconds
@@ -294,7 +294,7 @@ class Done:
 
 @pytest.fixture(scope="module")
 def start_cluster() -> Iterator[Callable[..., Cluster]]:
-    """start_cluster(cpus of the head, NAME=environment of all nodes) -> a cluster of its own."""
+    """start_cluster(head CPUs, NAME=value for the environment of all nodes) starts a cluster."""
     started: list[Cluster] = []
 
     def start(cpus: float = 4, **env: str) -> Cluster:
@@ -310,21 +310,21 @@ def start_cluster() -> Iterator[Callable[..., Cluster]]:
 
 
 @pytest.fixture(scope="session")
-def alone() -> Iterator[Shell]:
-    """Commands without a cluster: jobs start their own."""
-    shell = Shell({})
-    yield shell
-    shutil.rmtree(shell.folder, ignore_errors=True)
+def shell() -> Iterator[Shell]:
+    """Runs commands without a cluster; jobs start their own."""
+    local = Shell({})
+    yield local
+    shutil.rmtree(local.folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
 def until() -> Callable[..., None]:
-    """until(condition, seconds, what): wait for something, fail if it does not come."""
+    """until(condition, seconds, description) waits for a condition and fails after a timeout."""
     return wait_for
 
 
-def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> None:
-    end = time.monotonic() + seconds
+def wait_for(condition: Callable[[], Any], seconds: float, description: str) -> None:
+    deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, f"waited {seconds:.0f} s for {what}"
+        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {description}"
         time.sleep(0.1)

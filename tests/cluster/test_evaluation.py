@@ -1,4 +1,4 @@
-"""What only real Ray processes can show of evaluation."""
+"""Evaluation on real Ray actors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hybrid.cluster.evaluator import predict_on_ray
 from hybrid.config import Config
 from hybrid.evaluate import Job, Question
 from hybrid.evaluate import evaluate as run_evaluation
-from hybrid.evaluate.trm_predictor import Prediction
+from hybrid.evaluate.records import Prediction
 from hybrid.launch import evaluate, pretrain
 
 Experiment = Callable[..., Config]
@@ -37,43 +37,43 @@ def evaluation(experiment: Experiment, checkpoint: Path, run: str, workers: int)
 
 
 def answers(folder: Path) -> dict[str, object]:
-    """Predictions without what they cost in time."""
+    """Return the predicted outputs by task, without timings."""
     return {
         path.stem: json.loads(path.read_text())["tests"]
         for path in (folder / "predictions").glob("*.json")
     }
 
 
-def test_actors_answer_as_one_process_does(
+def test_actors_give_the_same_predictions_as_one_process(
     ray_cluster: None, experiment: Experiment, checkpoint: Path
 ) -> None:
-    alone = evaluate(evaluation(experiment, checkpoint, "alone", 0))
-    spread = evaluate(evaluation(experiment, checkpoint, "spread", 2))
-    assert len(answers(alone.folder)) == 15
-    assert answers(spread.folder) == answers(alone.folder)
-    assert spread.results["scores"] == alone.results["scores"]
-    submissions = [(o.folder / "submission.json").read_text() for o in (alone, spread)]
+    local = evaluate(evaluation(experiment, checkpoint, "alone", 0))
+    on_ray = evaluate(evaluation(experiment, checkpoint, "spread", 2))
+    assert len(answers(local.folder)) == 15
+    assert answers(on_ray.folder) == answers(local.folder)
+    assert on_ray.results["scores"] == local.results["scores"]
+    submissions = [(o.folder / "submission.json").read_text() for o in (local, on_ray)]
     assert submissions[0] == submissions[1]
 
 
-def test_a_killed_actor_loses_no_task_and_repeats_none_on_disk(
+def test_killed_actor_loses_and_repeats_no_task(
     ray_cluster: None, experiment: Experiment, checkpoint: Path
 ) -> None:
     config = evaluation(experiment, checkpoint, "killed", 2)
-    real = predict_on_ray(config)
-    came: list[str] = []
+    predict = predict_on_ray(config)
+    completed: list[str] = []
 
-    def solve_and_kill(job: Job, questions: Sequence[Question]) -> Iterator[Prediction]:
-        for prediction in real(job, questions):
-            came.append(prediction["task"])
-            if len(came) == 4:
+    def predict_and_kill(job: Job, questions: Sequence[Question]) -> Iterator[Prediction]:
+        for prediction in predict(job, questions):
+            completed.append(prediction["task"])
+            if len(completed) == 4:
                 kill_one_actor()
             yield prediction
 
-    outcome = run_evaluation(config, solve_and_kill)
-    assert len(came) == len(set(came)) == 15
-    alone = evaluate(evaluation(experiment, checkpoint, "alone", 0))
-    assert answers(outcome.folder) == answers(alone.folder)
+    outcome = run_evaluation(config, predict_and_kill)
+    assert len(completed) == len(set(completed)) == 15
+    local = evaluate(evaluation(experiment, checkpoint, "alone", 0))
+    assert answers(outcome.folder) == answers(local.folder)
 
 
 def kill_one_actor() -> None:

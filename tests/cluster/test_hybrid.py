@@ -1,4 +1,4 @@
-"""What only real Ray processes can show of the hybrid."""
+"""Hybrid training, evaluation and prompt caching on real Ray processes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from hybrid.launch import cache_prompts, evaluate, joint
 from hybrid.llm.tiny import tiny_random
 
 Experiment = Callable[..., Config]
-Together = Callable[..., Config]
+Hybrid = Callable[..., Config]
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
-def together(experiment: Experiment) -> Together:
-    """together(run, section={key: value}): a tiny hybrid, its rows of two variants of three."""
+def hybrid(experiment: Experiment) -> Hybrid:
+    """hybrid(run, section={key: value}) returns a tiny hybrid config with two training variants."""
 
     def make(run: str, **sections: dict[str, Any]) -> Config:
         keys: dict[str, dict[str, Any]] = {
@@ -41,35 +41,35 @@ def together(experiment: Experiment) -> Together:
 
 
 @pytest.fixture(scope="module")
-def local_run(together: Together) -> Path:
-    return joint(together("hybrid-local", cluster={"num_workers": 0})).checkpoint
+def local_run(hybrid: Hybrid) -> Path:
+    return joint(hybrid("hybrid-local", cluster={"num_workers": 0})).checkpoint
 
 
 def test_one_ray_worker_trains_the_same_hybrid_as_no_cluster(
-    ray_cluster: None, together: Together, local_run: Path
+    ray_cluster: None, hybrid: Hybrid, local_run: Path
 ) -> None:
-    """Rows come from Ray Data, prompts from the worker: they must be of the same variants."""
-    result = joint(together("hybrid-one"))
+    """Rows from Ray Data and prompts from the worker must belong to the same variants."""
+    result = joint(hybrid("hybrid-one"))
     assert_close(local_run, result.checkpoint, 0, 0)
     assert result.trained is not None
 
 
-def test_actors_answer_as_one_process_does(
-    ray_cluster: None, together: Together, local_run: Path
+def test_actors_give_the_same_predictions_as_one_process(
+    ray_cluster: None, hybrid: Hybrid, local_run: Path
 ) -> None:
     evaluation = {"checkpoint": str(local_run), "limit": 6}
-    alone = evaluate(together("alone", evaluation=evaluation, cluster={"num_workers": 0}))
-    spread = evaluate(together("spread", evaluation=evaluation, cluster={"num_workers": 2}))
-    assert len(predictions(alone.folder)) == 6
-    assert predictions(spread.folder) == predictions(alone.folder)
+    local = evaluate(hybrid("alone", evaluation=evaluation, cluster={"num_workers": 0}))
+    on_ray = evaluate(hybrid("spread", evaluation=evaluation, cluster={"num_workers": 2}))
+    assert len(predictions(local.folder)) == 6
+    assert predictions(on_ray.folder) == predictions(local.folder)
     for key in ("scores", "curve", "protocol"):
-        assert spread.results[key] == alone.results[key], key
-    files = [(outcome.folder / "submission.json").read_bytes() for outcome in (alone, spread)]
+        assert on_ray.results[key] == local.results[key], key
+    files = [(outcome.folder / "submission.json").read_bytes() for outcome in (local, on_ray)]
     assert files[0] == files[1]
 
 
-def test_what_an_actor_refuses_is_the_users_one_line(
-    ray_cluster: None, together: Together, local_run: Path, tmp_path: Path
+def test_user_error_of_an_actor_reaches_the_driver(
+    ray_cluster: None, hybrid: Hybrid, local_run: Path, tmp_path: Path
 ) -> None:
     model, tokenizer = tiny_random(torch.float32)
     with torch.no_grad():
@@ -77,36 +77,36 @@ def test_what_an_actor_refuses_is_the_users_one_line(
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "other")
     evaluation = {"checkpoint": str(local_run), "limit": 2}
-    other = together("other", evaluation=evaluation, llama={"model": str(tmp_path / "other")})
+    other = hybrid("other", evaluation=evaluation, llama={"model": str(tmp_path / "other")})
     with pytest.raises(UserError, match=r"^llama\.model: .* is not the model that"):
         evaluate(other)
 
 
-def test_encodings_made_by_ray_data_are_those_of_one_process(
-    ray_cluster: None, together: Together, tmp_path: Path
+def test_prompt_cache_filled_by_ray_data_matches_one_process(
+    ray_cluster: None, hybrid: Hybrid, tmp_path: Path
 ) -> None:
-    def made(name: str, workers: int) -> tuple[str, dict[str, Path]]:
+    def fill(name: str, workers: int) -> tuple[str, dict[str, Path]]:
         folder = tmp_path / name
-        config = together(
+        config = hybrid(
             "encode",
             paths={"prompt_cache": str(folder)},
             llama={"prompt_cache": True, "batch_size": 3},
             training={"variants": 1},
             cluster={"num_workers": workers},
         )
-        said = cache_prompts(config)
-        return said, {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
+        line = cache_prompts(config)
+        return line, {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
 
-    said, alone = made("alone", 0)
-    said_by_ray, spread = made("spread", 2)
-    assert alone.keys() == spread.keys() and len(alone) > 40
-    assert f" {len(alone)} encoded now" in said and f" {len(alone)} encoded now" in said_by_ray
-    for name, path in alone.items():
-        ours, theirs = load_file(path), load_file(spread[name])
-        assert ours.keys() == theirs.keys()
-        for key, value in ours.items():
-            torch.testing.assert_close(theirs[key], value, rtol=1e-4, atol=1e-5, msg=key)
-    written = {name: path.stat().st_mtime_ns for name, path in spread.items()}
-    again, same = made("spread", 2)
-    assert " 0 encoded now" in again
-    assert {name: path.stat().st_mtime_ns for name, path in same.items()} == written
+    local_line, local = fill("alone", 0)
+    ray_line, on_ray = fill("spread", 2)
+    assert local.keys() == on_ray.keys() and len(local) > 40
+    assert f" {len(local)} added" in local_line and f" {len(local)} added" in ray_line
+    for name, path in local.items():
+        expected, actual = load_file(path), load_file(on_ray[name])
+        assert expected.keys() == actual.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(actual[key], value, rtol=1e-4, atol=1e-5, msg=key)
+    written = {name: path.stat().st_mtime_ns for name, path in on_ray.items()}
+    second_line, second = fill("spread", 2)
+    assert " 0 added" in second_line
+    assert {name: path.stat().st_mtime_ns for name, path in second.items()} == written

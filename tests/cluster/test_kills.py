@@ -1,4 +1,4 @@
-"""Real kills at any moment: what comes out is what comes out undisturbed, bit for bit."""
+"""Runs whose processes are killed give bit-identical results to uninterrupted runs."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ KILLS = 10
 
 
 @pytest.fixture(scope="module")
-def calm(alone: Any, experiment: Experiment) -> Path:
-    """The last checkpoint of a run that nobody disturbs, without a cluster."""
+def uninterrupted(shell: Any, experiment: Experiment) -> Path:
+    """The last checkpoint of an uninterrupted run without a cluster."""
     config = experiment("calm", training=STEPS)
-    alone.here("pretrain.py", config)
+    shell.run_local("pretrain.py", config)
     return config.run_folder / LAST
 
 
@@ -43,7 +43,7 @@ def head(start_cluster: Callable[..., Any]) -> Any:
 
 
 def step_of(config: Config) -> int:
-    """The last step in metrics.jsonl."""
+    """Return the last step in metrics.jsonl."""
     try:
         lines = metrics(config.run_folder)
     except (OSError, ValueError):
@@ -52,14 +52,14 @@ def step_of(config: Config) -> int:
 
 
 def starts(config: Config) -> list[int]:
-    """The steps at which workers of a run have begun."""
+    """Return the steps at which the workers of a run have started."""
     lines = (config.run_folder / "train_0.log").read_text().splitlines()
     return [int(line.split(" step ")[1].split()[0]) for line in lines if " of 800, " in line]
 
 
 def tree(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    found = psutil.Process(process.pid)
-    return [found, *found.children(recursive=True)]
+    root = psutil.Process(process.pid)
+    return [root, *root.children(recursive=True)]
 
 
 def kill_all(processes: list[psutil.Process]) -> None:
@@ -71,102 +71,102 @@ def kill_all(processes: list[psutil.Process]) -> None:
 
 
 def finished(process: subprocess.Popen[str], seconds: float) -> str:
-    """What a background job has said; fails if its exit code is not 0."""
+    """Wait for a background job, assert that it succeeds, and return its output."""
     out, _ = process.communicate(timeout=seconds)
     assert process.returncode == 0, out
     return out
 
 
-def test_a_driver_killed_with_its_cluster_at_any_moment_is_resumed_bit_for_bit(
-    experiment: Experiment, calm: Path, until: Until, alone: Any
+def test_run_resumes_bit_identically_after_driver_and_cluster_are_killed(
+    experiment: Experiment, uninterrupted: Path, until: Until, shell: Any
 ) -> None:
     config = experiment("driver", training=STEPS)
     partials = config.run_folder / "checkpoints"
     dice = random.Random(1)
 
     def after_some_steps() -> None:
-        begun = step_of(config)
-        until(lambda: step_of(config) > begun + 30, 120, "steps")
+        first = step_of(config)
+        until(lambda: step_of(config) > first + 30, 120, "steps")
         time.sleep(dice.random() * 2)
 
-    def in_the_middle_of_a_checkpoint() -> None:
-        begun = step_of(config)
-        until(lambda: step_of(config) > begun, 120, "steps")
-        end = time.monotonic() + 30
+    def while_a_checkpoint_is_written() -> None:
+        first = step_of(config)
+        until(lambda: step_of(config) > first, 120, "steps")
+        deadline = time.monotonic() + 30
         while not list(partials.glob("*.partial")):
-            assert time.monotonic() < end, "no checkpoint is being written"
+            assert time.monotonic() < deadline, "no checkpoint is being written"
 
-    def while_it_starts() -> None:
+    def during_startup() -> None:
         time.sleep(4 + dice.random() * 4)
 
-    for moment in (after_some_steps, in_the_middle_of_a_checkpoint, while_it_starts):
-        process = alone.spawn(*alone.job("pretrain.py", config))
+    for moment in (after_some_steps, while_a_checkpoint_is_written, during_startup):
+        process = shell.spawn(*shell.job("pretrain.py", config))
         moment()
         kill_all([p for p in reversed(tree(process)) if "ray::" in " ".join(p.cmdline())])
         kill_all(tree(process))
         out, _ = process.communicate(timeout=30)
         assert process.returncode == -signal.SIGKILL, out
         print(f"killed {moment.__name__}: at step {step_of(config)}")
-    finished(alone.spawn(*alone.job("pretrain.py", config)), 200)
-    assert len(starts(config)) == 3, "two were killed while they trained, one before it did"
-    assert_close(calm, config.run_folder / LAST, 0, 0)
+    finished(shell.spawn(*shell.job("pretrain.py", config)), 200)
+    assert len(starts(config)) == 3, "two kills should hit training and one the startup"
+    assert_close(uninterrupted, config.run_folder / LAST, 0, 0)
     assert not list(partials.glob("*.partial"))
 
 
-def test_a_training_worker_killed_ten_times_costs_nothing_but_time(
-    head: Any, experiment: Experiment, calm: Path, until: Until
+def test_run_with_ten_killed_workers_matches_uninterrupted_run(
+    head: Any, experiment: Experiment, uninterrupted: Path, until: Until
 ) -> None:
     config = experiment("worker", training=STEPS, cluster={"max_failures": -1})
     dice = random.Random(2)
     process = head.spawn(*head.job("pretrain.py", config), RAY_ADDRESS=head.address)
-    seen: set[int] = set()
+    killed: set[int] = set()
     moments = []
     for _ in range(KILLS):
-        until(lambda: set(head.pids("RayTrainWorker")) - seen or process.poll(), 120, "a worker")
+        until(lambda: set(head.pids("RayTrainWorker")) - killed or process.poll(), 120, "a worker")
         assert process.poll() is None, process.communicate()[0]
-        [pid] = set(head.pids("RayTrainWorker")) - seen
-        came = time.monotonic()
-        if dice.random() < 0.7:  # else while it starts
+        [pid] = set(head.pids("RayTrainWorker")) - killed
+        appeared = time.monotonic()
+        if dice.random() < 0.7:  # else kill it during startup
             before = step_of(config)
             until(lambda before=before: step_of(config) != before, 120, "steps")
-        end, begun = time.monotonic() + dice.random() * 1.5, step_of(config)
-        while time.monotonic() < end and step_of(config) < begun + 30:
+        deadline, first = time.monotonic() + dice.random() * 1.5, step_of(config)
+        while time.monotonic() < deadline and step_of(config) < first + 30:
             time.sleep(0.01)
-        seen.add(pid)
+        killed.add(pid)
         os.kill(pid, signal.SIGKILL)
-        moments.append((step_of(config), round(time.monotonic() - came, 1)))
-    print(f"killed at (step, s after it came): {moments}")
+        moments.append((step_of(config), round(time.monotonic() - appeared, 1)))
+    print(f"killed at (step, seconds after its start): {moments}")
     finished(process, 300)
     print(f"started at steps {starts(config)}")
-    assert_close(calm, config.run_folder / LAST, 0, 0)
+    assert_close(uninterrupted, config.run_folder / LAST, 0, 0)
     assert [m["step"] for m in metrics(config.run_folder)] == [
-        m["step"] for m in metrics(calm.parents[1])
+        m["step"] for m in metrics(uninterrupted.parents[1])
     ]
 
 
-def test_sigterm_loses_no_step_of_a_worker_nor_of_its_driver(
-    head: Any, experiment: Experiment, calm: Path, until: Until
+def test_sigterm_to_worker_or_driver_loses_no_step(
+    head: Any, experiment: Experiment, uninterrupted: Path, until: Until
 ) -> None:
-    config = experiment("told", training={**STEPS, "save_every": 800})
+    config = experiment("sigterm", training={**STEPS, "save_every": 800})
     process = head.spawn(*head.job("pretrain.py", config), RAY_ADDRESS=head.address)
     until(lambda: step_of(config) > 50, 120, "steps")
-    name = "arc_hybrid_{}{{told}}".format
+    name = "arc_hybrid_{}{{sigterm}}".format
     until(lambda: name("loss") in head.gauges() or step_of(config) > 400, 60, "gauges")
     gauges = head.gauges()
     print(gauges)
     [pid] = head.pids("RayTrainWorker")
     os.kill(pid, signal.SIGTERM)
-    told = time.monotonic()
+    signalled = time.monotonic()
     until(lambda: len(starts(config)) == 2, 120, "another worker")
-    print(f"another worker trains after {time.monotonic() - told:.1f} s")
+    print(f"another worker trains after {time.monotonic() - signalled:.1f} s")
     first = newest(config.run_folder / "checkpoints")
     assert first is not None and first.state["step"] == starts(config)[1]
     until(lambda: step_of(config) > first.state["step"] + 20, 120, "steps")
 
     process.send_signal(signal.SIGTERM)
-    told = time.monotonic()
+    signalled = time.monotonic()
     out, _ = process.communicate(timeout=60)
-    print(f"the driver ends after {time.monotonic() - told:.1f} s")
+    print(f"the driver ends after {time.monotonic() - signalled:.1f} s")
     assert process.returncode == 1, out
     second = newest(config.run_folder / "checkpoints")
     assert second is not None and second.state["step"] == step_of(config)
@@ -175,14 +175,14 @@ def test_sigterm_loses_no_step_of_a_worker_nor_of_its_driver(
 
     finished(head.spawn(*head.job("pretrain.py", config), RAY_ADDRESS=head.address), 200)
     assert starts(config) == [0, first.state["step"], second.state["step"]]
-    assert_close(calm, config.run_folder / LAST, 0, 0)
+    assert_close(uninterrupted, config.run_folder / LAST, 0, 0)
     for shown in ("loss", "samples_per_s", "exact_accuracy", "step"):
         assert name(shown) in gauges
     assert 0 < gauges[name("step")] < 800
 
 
-def test_a_killed_driver_leaves_no_worker_behind_on_a_cluster_that_lives_on(
-    head: Any, experiment: Experiment, calm: Path, until: Until
+def test_killed_driver_leaves_no_workers_on_the_cluster(
+    head: Any, experiment: Experiment, uninterrupted: Path, until: Until
 ) -> None:
     config = experiment("orphans", training=STEPS)
     process = head.spawn(*head.job("pretrain.py", config), RAY_ADDRESS=head.address)
@@ -190,67 +190,67 @@ def test_a_killed_driver_leaves_no_worker_behind_on_a_cluster_that_lives_on(
     process.kill()
     process.communicate()
     killed = time.monotonic()
-    again = head.spawn(*head.job("pretrain.py", config), RAY_ADDRESS=head.address)
+    rerun = head.spawn(*head.job("pretrain.py", config), RAY_ADDRESS=head.address)
     until(lambda: len(head.pids("RayTrainWorker")) == 0, 60, "the end of the worker")
     print(f"the worker of a killed driver is gone after {time.monotonic() - killed:.1f} s")
-    finished(again, 200)
-    assert_close(calm, config.run_folder / LAST, 0, 0)
+    finished(rerun, 200)
+    assert_close(uninterrupted, config.run_folder / LAST, 0, 0)
 
 
-def checkpoint_of(evaluated: Path) -> Path:
-    return evaluated.parents[1] / "checkpoints/step_00000004"
+def checkpoint_of(evaluation: Path) -> Path:
+    return evaluation.parents[1] / "checkpoints/step_00000004"
 
 
-def test_evaluation_actors_killed_ten_times_change_no_score_and_no_answer(
-    head: Any, many_views: Experiment, solved: Path, until: Until
+def test_evaluation_with_ten_killed_actors_matches_uninterrupted_evaluation(
+    head: Any, many_variants: Experiment, evaluated: Path, until: Until
 ) -> None:
-    config = many_views("kills", num_workers=2, max_failures=-1)
+    config = many_variants("kills", num_workers=2, max_failures=-1)
     dice = random.Random(3)
     process = head.spawn(
-        *head.job("evaluate.py", config, f"evaluation.checkpoint={checkpoint_of(solved)}"),
+        *head.job("evaluate.py", config, f"evaluation.checkpoint={checkpoint_of(evaluated)}"),
         RAY_ADDRESS=head.address,
     )
-    found = config.run_folder / "evaluation"
-    until(lambda: list(found.glob("*/predictions/*.json")), 120, "a first answer")
+    folders = config.run_folder / "evaluation"
+    until(lambda: list(folders.glob("*/predictions/*.json")), 120, "a first prediction")
     gauges: dict[str, float] = {}
     killed = []
     while len(killed) < KILLS:
         until(lambda: head.pids("Evaluator") or process.poll() is not None, 60, "an actor")
-        assert process.poll() is None, f"over after {killed}: {process.communicate()[0]}"
+        assert process.poll() is None, f"ended after {killed}: {process.communicate()[0]}"
         time.sleep(dice.random() * 4)
         pids = head.pids("Evaluator")
         if pids:
             os.kill(dice.choice(pids), signal.SIGKILL)
-            killed.append(len(list(found.glob("*/predictions/*.json"))))
+            killed.append(len(list(folders.glob("*/predictions/*.json"))))
             gauges |= head.gauges()
-    print(f"killed when so many were answered: {killed}; {gauges}")
+    print(f"predictions at each kill: {killed}; {gauges}")
     out = finished(process, 300)
-    [folder] = found.iterdir()
-    assert predictions(folder) == predictions(solved)
+    [folder] = folders.iterdir()
+    assert predictions(folder) == predictions(evaluated)
     assert len(predictions(folder)) == 15
-    answered = re.findall(r"^\d+/15 (\w+)", out, re.M)
-    assert len(answered) == 15 == len(set(answered)), out
-    results, wanted = (json.loads((f / "results.json").read_text()) for f in (folder, solved))
+    printed = re.findall(r"^\d+/15 (\w+)", out, re.M)
+    assert len(printed) == 15 == len(set(printed)), out
+    results, expected = (json.loads((f / "results.json").read_text()) for f in (folder, evaluated))
     for name in ("scores", "protocol"):
-        assert results[name] == wanted[name], name
-    submissions = [(f / "submission.json").read_bytes() for f in (folder, solved)]
+        assert results[name] == expected[name], name
+    submissions = [(f / "submission.json").read_bytes() for f in (folder, evaluated)]
     assert submissions[0] == submissions[1]
     assert gauges["arc_hybrid_tasks_total{kills}"] == 15
     assert 0 <= gauges["arc_hybrid_tasks_done{kills}"] < 15
 
 
-def test_actors_that_die_too_often_end_an_evaluation_that_a_rerun_resumes(
-    head: Any, many_views: Experiment, solved: Path, until: Until
+def test_evaluation_ended_by_too_many_lost_actors_is_resumed_by_a_rerun(
+    head: Any, many_variants: Experiment, evaluated: Path, until: Until
 ) -> None:
-    config = many_views("often", num_workers=1, max_failures=0)
-    command = head.job("evaluate.py", config, f"evaluation.checkpoint={checkpoint_of(solved)}")
+    config = many_variants("often", num_workers=1, max_failures=0)
+    command = head.job("evaluate.py", config, f"evaluation.checkpoint={checkpoint_of(evaluated)}")
     process = head.spawn(*command, RAY_ADDRESS=head.address)
-    found = config.run_folder / "evaluation"
-    until(lambda: len(list(found.glob("*/predictions/*.json"))) > 1, 120, "answers")
+    folders = config.run_folder / "evaluation"
+    until(lambda: len(list(folders.glob("*/predictions/*.json"))) > 1, 120, "predictions")
     os.kill(head.pids("Evaluator")[0], signal.SIGKILL)
     out, _ = process.communicate(timeout=60)
     print(out)
     assert process.returncode == 1
-    answered = len(list(found.glob("*/predictions/*.json")))
-    again = head.run(*command, RAY_ADDRESS=head.address)
-    assert again.code == 0 and f"{answered} already answered" in again.out, again.out
+    answered = len(list(folders.glob("*/predictions/*.json")))
+    rerun = head.run(*command, RAY_ADDRESS=head.address)
+    assert rerun.code == 0 and f"{answered} already answered" in rerun.out, rerun.out

@@ -1,4 +1,4 @@
-"""Several nodes, and what happens when one of them is gone."""
+"""Training and evaluation on several nodes, and after the loss of a node."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def step_of(config: Config) -> int:
 
 
 def starts(config: Config, rank: int = 0) -> list[int]:
-    """The steps at which workers of a run have begun."""
+    """Return the steps at which the workers of a run have started."""
     lines = (config.run_folder / f"train_{rank}.log").read_text().splitlines()
     return [int(line.split(" step ")[1].split()[0]) for line in lines if " of 300, " in line]
 
 
-def far(one: Path, other: Path) -> float:
-    """The largest difference between the numbers of two checkpoints, of weights and carry."""
+def max_difference(one: Path, other: Path) -> float:
+    """Return the largest absolute difference between two checkpoints, including the carry."""
     a, b = tensors(one), tensors(other)
     assert a.keys() == b.keys()
     return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
@@ -61,38 +61,38 @@ def finished(process: subprocess.Popen[str], seconds: float) -> str:
 
 
 @pytest.fixture(scope="module")
-def calm(alone: Any, experiment: Experiment) -> Path:
+def one_worker(shell: Any, experiment: Experiment) -> Path:
     """The last checkpoint of one worker without a cluster."""
     config = experiment("calm-nodes", training=STEPS)
-    alone.here("pretrain.py", config)
+    shell.run_local("pretrain.py", config)
     return config.run_folder / LAST
 
 
 @pytest.fixture(scope="module")
 def cluster(start_cluster: Callable[..., Any]) -> Any:
-    """A head for the data stream, too small for a worker."""
+    """A head node with one CPU, for the data stream only."""
     return start_cluster(1, RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="0.5", **STORE_KEYS)
 
 
 @pytest.fixture
 def nodes(cluster: Any, tmp_path: Path, until: Until) -> Nodes:
-    """nodes(n): the cluster with so many nodes beside its head, with room for a worker each.
-    They share the file system, but not the folder for copies of what is in a store.
+    """nodes(n) returns n nodes besides the head, with CPUs for one worker each; it starts or kills
+    nodes as needed. They share the file system, but each has its own cache of the object store.
     """
 
-    def have(count: int) -> list[Any]:
-        there = [node for node in cluster.nodes[1:] if node.process.poll() is None]
-        for node in there[count:]:
+    def resize(count: int) -> list[Any]:
+        workers = [node for node in cluster.nodes[1:] if node.process.poll() is None]
+        for node in workers[count:]:
             node.kill()
-        there = there[:count]
-        until(lambda: len(cluster.alive()) == 1 + len(there), 60, "a death that is noticed")
-        for number in range(count - len(there)):
-            one_core = ("taskset", "-c", str(len(there) % 2))
+        workers = workers[:count]
+        until(lambda: len(cluster.alive()) == 1 + len(workers), 60, "Ray to notice dead nodes")
+        for number in range(count - len(workers)):
+            one_core = ("taskset", "-c", str(len(workers) % 2))
             cache = str(tmp_path / f"cache{number}")
-            there.append(cluster.add(2, one_core, ARC_HYBRID_CACHE=cache))
-        return there[:count]
+            workers.append(cluster.add(2, one_core, ARC_HYBRID_CACHE=cache))
+        return workers[:count]
 
-    return have
+    return resize
 
 
 def node_of(nodes: list[Any], pid: int) -> Any:
@@ -102,85 +102,87 @@ def node_of(nodes: list[Any], pid: int) -> Any:
 
 @pytest.fixture(scope="module")
 def pair(cluster: Any, experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The last checkpoint of two workers on two nodes that nobody disturbs."""
-    there = [cluster.add(2, ("taskset", "-c", core)) for core in "01"]
+    """The last checkpoint of an uninterrupted run of two workers on two nodes."""
+    workers = [cluster.add(2, ("taskset", "-c", core)) for core in "01"]
     config = experiment("pair", training=STEPS, cluster=TWO)
     process = cluster.spawn(*cluster.job("pretrain.py", config), RAY_ADDRESS=cluster.address)
-    wait = time.monotonic() + 120
+    deadline = time.monotonic() + 120
     while not step_of(config):
-        assert process.poll() is None and time.monotonic() < wait
+        assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
-    where = {node_of(there, pid) for pid in cluster.pids("RayTrainWorker")}
-    assert len(where) == 2, "both workers are on one node"
+    used = {node_of(workers, pid) for pid in cluster.pids("RayTrainWorker")}
+    assert len(used) == 2, "both workers are on one node"
     finished(process, 200)
     return config.run_folder / LAST
 
 
-def test_two_workers_on_two_nodes_train_what_one_trains_to_rounding(calm: Path, pair: Path) -> None:
-    print(f"two nodes differ from one process by {far(calm, pair):.1e}")
-    assert far(calm, pair) < 2e-5
+def test_two_nodes_train_the_same_weights_as_one_process_up_to_rounding(
+    one_worker: Path, pair: Path
+) -> None:
+    print(f"two nodes differ from one process by {max_difference(one_worker, pair):.1e}")
+    assert max_difference(one_worker, pair) < 2e-5
 
 
-def test_a_node_lost_is_replaced_by_a_spare_one_and_the_weights_are_the_same(
+def test_spare_node_replaces_a_lost_one_and_weights_are_identical(
     cluster: Any,
     nodes: Nodes,
     experiment: Experiment,
     pair: Path,
     until: Until,
 ) -> None:
-    there = nodes(3)
+    workers = nodes(3)
     config = experiment("spare", training=STEPS, cluster=TWO)
     process = cluster.spawn(*cluster.job("pretrain.py", config), RAY_ADDRESS=cluster.address)
     until(lambda: step_of(config) > 110 or process.poll() is not None, 120, "steps")
-    node_of(there, cluster.pids("RayTrainWorker")[0]).kill()
+    node_of(workers, cluster.pids("RayTrainWorker")[0]).kill()
     killed = time.monotonic()
     until(lambda: len(starts(config)) > 1 or process.poll() is not None, 200, "new workers")
     print(f"trains again {time.monotonic() - killed:.1f} s after a node was lost")
     finished(process, 300)
     print(
-        f"started at {starts(config)}; far from undisturbed: {far(pair, config.run_folder / LAST)}"
+        f"started at {starts(config)}; difference: {max_difference(pair, config.run_folder / LAST)}"
     )
     assert_close(pair, config.run_folder / LAST, 0, 0)
 
 
-def test_training_goes_on_with_the_nodes_that_are_left_and_the_same_batch(
+def test_training_continues_on_remaining_nodes_with_the_same_batch(
     cluster: Any,
     nodes: Nodes,
     experiment: Experiment,
     pair: Path,
     until: Until,
 ) -> None:
-    there = nodes(2)
+    workers = nodes(2)
     config = experiment("elastic", training=STEPS, cluster={**TWO, "min_workers": 1})
     process = cluster.spawn(*cluster.job("pretrain.py", config), RAY_ADDRESS=cluster.address)
     until(lambda: step_of(config) > 110 or process.poll() is not None, 120, "steps")
     assert len(cluster.pids("RayTrainWorker")) == 2
-    node_of(there, cluster.pids("RayTrainWorker")[0]).kill()
+    node_of(workers, cluster.pids("RayTrainWorker")[0]).kill()
     killed = time.monotonic()
     until(lambda: len(starts(config)) > 1 or process.poll() is not None, 200, "new workers")
-    print(f"goes on {time.monotonic() - killed:.1f} s after a node was lost")
+    print(f"continues {time.monotonic() - killed:.1f} s after a node was lost")
     finished(process, 300)
     last = config.run_folder / LAST
     assert json.loads((last / "state.json").read_text())["world_size"] == 1
-    print(f"started at {starts(config)}; far from undisturbed: {far(pair, last):.1e}")
-    assert far(pair, last) < 2e-5
+    print(f"started at {starts(config)}; difference: {max_difference(pair, last):.1e}")
+    assert max_difference(pair, last) < 2e-5
     batches = {m["epoch"] / m["step"] for m in metrics(config.run_folder) if "epoch" in m}
-    assert batches  # the same rows in the same order: the weights say so
+    assert batches  # equal weights imply the same rows in the same order
 
 
-def test_a_node_that_is_drained_has_everything_saved_at_once(
+def test_draining_a_node_saves_a_checkpoint_at_once(
     cluster: Any,
     nodes: Nodes,
     experiment: Experiment,
     pair: Path,
     until: Until,
 ) -> None:
-    there = nodes(3)
+    workers = nodes(3)
     config = experiment("drained", training={**STEPS, "save_every": 300}, cluster=TWO)
     process = cluster.spawn(*cluster.job("pretrain.py", config), RAY_ADDRESS=cluster.address)
     until(lambda: step_of(config) > 60 or process.poll() is not None, 120, "steps")
     pid = cluster.pids("RayTrainWorker")[0]
-    leaving = node_of(there, pid)
+    leaving = node_of(workers, pid)
     [drained] = [
         node.node_id
         for node in cluster.alive()
@@ -200,47 +202,47 @@ def test_a_node_that_is_drained_has_everything_saved_at_once(
     assert saved is not None and 60 < saved.state["step"] < 300
     assert saved.state["world_size"] == 2
     time.sleep(max(0, drain + 15 - time.monotonic()))
-    leaving.kill()  # also if the run has ended before: nothing is placed there any more
+    leaving.kill()  # even if the run has ended: Ray no longer schedules anything on it
     finished(process, 300)
     print(f"started at {starts(config)}")
     assert_close(pair, config.run_folder / LAST, 0, 0)
 
 
-def test_actors_on_a_lost_node_lose_no_task(
-    cluster: Any, nodes: Nodes, many_views: Experiment, solved: Path, until: Until
+def test_lost_node_loses_no_evaluation_task(
+    cluster: Any, nodes: Nodes, many_variants: Experiment, evaluated: Path, until: Until
 ) -> None:
-    there = nodes(2)
-    checkpoint = solved.parents[1] / "checkpoints/step_00000004"
-    config = many_views("lost", num_workers=2, cpus_per_worker=2)
+    workers = nodes(2)
+    checkpoint = evaluated.parents[1] / "checkpoints/step_00000004"
+    config = many_variants("lost", num_workers=2, cpus_per_worker=2)
     process = cluster.spawn(
         *cluster.job("evaluate.py", config, f"evaluation.checkpoint={checkpoint}"),
         RAY_ADDRESS=cluster.address,
     )
-    found = config.run_folder / "evaluation"
+    folders = config.run_folder / "evaluation"
     until(lambda: len(cluster.pids("Evaluator")) == 2, 120, "two actors")
     pids = cluster.pids("Evaluator")
-    until(lambda: len(list(found.glob("*/predictions/*.json"))) > 3, 120, "answers")
-    assert len({node_of(there, pid) for pid in pids}) == 2
-    node_of(there, pids[0]).kill()
-    killed = len(list(found.glob("*/predictions/*.json")))
+    until(lambda: len(list(folders.glob("*/predictions/*.json"))) > 3, 120, "predictions")
+    assert len({node_of(workers, pid) for pid in pids}) == 2
+    node_of(workers, pids[0]).kill()
+    answered = len(list(folders.glob("*/predictions/*.json")))
     out = process.communicate(timeout=300)[0]
-    print(f"killed with {killed} answered")
+    print(f"killed after {answered} predictions")
     assert process.returncode == 0, out
-    [folder] = found.iterdir()
-    assert predictions(folder) == predictions(solved)
-    answered = re.findall(r"^\d+/15 (\w+)", out, re.M)
-    assert len(answered) == 15 == len(set(answered)), out
+    [folder] = folders.iterdir()
+    assert predictions(folder) == predictions(evaluated)
+    printed = re.findall(r"^\d+/15 (\w+)", out, re.M)
+    assert len(printed) == 15 == len(set(printed)), out
 
 
-def test_a_root_that_a_node_does_not_see_is_refused_before_anything_starts(
-    cluster: Any, nodes: Nodes, many_views: Experiment, tmp_path: Path
+def test_root_that_a_node_cannot_see_is_rejected_before_the_run_starts(
+    cluster: Any, nodes: Nodes, many_variants: Experiment, tmp_path: Path
 ) -> None:
     nodes(1)
-    hides = 'mount -t tmpfs none $HIDDEN && exec "$@"'
-    config = many_views("blind", num_workers=1)
+    hide = 'mount -t tmpfs none $HIDDEN && exec "$@"'
+    config = many_variants("blind", num_workers=1)
     blind = cluster.add(
         2,
-        prefix=("unshare", "-m", "--propagation", "private", "sh", "-c", hides, "sh"),
+        prefix=("unshare", "-m", "--propagation", "private", "sh", "-c", hide, "sh"),
         HIDDEN=config.paths.root,
     )
     done = cluster.run(*cluster.job("pretrain.py", config), RAY_ADDRESS=cluster.address)
@@ -254,7 +256,7 @@ def test_a_root_that_a_node_does_not_see_is_refused_before_anything_starts(
     assert not list(Path(config.paths.root).glob(".seen*"))
 
 
-def test_a_node_lost_a_moment_ago_does_not_keep_a_job_from_starting(
+def test_job_starts_although_a_node_has_just_died(
     cluster: Any, nodes: Nodes, experiment: Experiment
 ) -> None:
     nodes(2)[1].kill()
@@ -264,7 +266,7 @@ def test_a_node_lost_a_moment_ago_does_not_keep_a_job_from_starting(
     assert "Traceback" not in done.err
 
 
-def test_nodes_that_share_nothing_but_a_store_prepare_train_and_evaluate(
+def test_nodes_that_share_only_an_object_store_prepare_train_and_evaluate(
     cluster: Any,
     nodes: Nodes,
     experiment: Experiment,
@@ -278,30 +280,30 @@ def test_nodes_that_share_nothing_but_a_store_prepare_train_and_evaluate(
     nodes(0)
     nodes(2)
     config = experiment("stored", paths={"root": store, "data": None}, cluster=TWO)
-    here = {"RAY_ADDRESS": cluster.address, "ARC_HYBRID_CACHE": str(tmp_path / "driver")}
+    env = {"RAY_ADDRESS": cluster.address, "ARC_HYBRID_CACHE": str(tmp_path / "driver")}
     for script in ("prepare.py", "pretrain.py", "evaluate.py"):
-        done = cluster.run(*cluster.job(script, config), **here)
+        done = cluster.run(*cluster.job(script, config), **env)
         print(script, f"{done.seconds:.1f} s", done.out[-400:], done.err[-400:])
         assert done.code == 0, done.out + done.err
-    filled = [c for c in ("driver", "cache0", "cache1") if any((tmp_path / c).rglob("*"))]
-    assert filled == ["driver", "cache0", "cache1"]
+    for cache in ("driver", "cache0", "cache1"):
+        assert any((tmp_path / cache).rglob("*")), cache
 
-    where, name = fs.FileSystem.from_uri(store)
+    filesystem, name = fs.FileSystem.from_uri(store)
     fs.copy_files(
-        f"{name}/runs/stored", str(tmp_path / "copy/runs/stored"), source_filesystem=where
+        f"{name}/runs/stored", str(tmp_path / "copy/runs/stored"), source_filesystem=filesystem
     )
     copy = tmp_path / "copy/runs/stored"
     assert newest(copy / "checkpoints").folder.name == "step_00000008"
-    alone = experiment(
+    local = experiment(
         "alone",
         paths={"root": str(tmp_path / "local")},
         evaluation={"checkpoint": str(copy / "checkpoints/step_00000008")},
         cluster={"num_workers": 0},
     )
-    here_trained = pretrain(alone).checkpoint
-    assert far(here_trained, copy / "checkpoints/step_00000008") < 5e-5
-    wanted = evaluate(alone)
+    trained = pretrain(local).checkpoint
+    assert max_difference(trained, copy / "checkpoints/step_00000008") < 5e-5
+    expected = evaluate(local)
     [folder] = (copy / "evaluation").iterdir()
-    assert predictions(folder) == predictions(wanted.folder)
-    submissions = [(f / "submission.json").read_bytes() for f in (folder, wanted.folder)]
+    assert predictions(folder) == predictions(expected.folder)
+    submissions = [(f / "submission.json").read_bytes() for f in (folder, expected.folder)]
     assert submissions[0] == submissions[1]

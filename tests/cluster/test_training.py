@@ -1,4 +1,4 @@
-"""What only real Ray processes can show of training."""
+"""Training on real Ray workers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def local_run(experiment: Experiment) -> Path:
     return pretrain(config).checkpoint
 
 
-def test_ray_data_gives_the_rows_of_the_local_stream_in_its_order(
+def test_ray_data_yields_the_rows_of_the_local_stream_in_order(
     ray_cluster: None, prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hybrid.cluster import stream as ray_stream
@@ -57,21 +57,21 @@ def test_ray_data_gives_the_rows_of_the_local_stream_in_its_order(
     monkeypatch.setattr(ray_stream, "BLOCKS_PER_PIPELINE", 5)
     stream = Stream(Dataset.open(prepared), seed=3)
     slots, first = range(2, 6), 7
-    made = islice(ray_stream.ray_rounds(stream, slots, 8, first), 23)  # three pipelines
-    wanted = islice(LocalContext(torch.device("cpu")).rounds(stream, slots, 8, first), 23)
-    for ours, theirs in zip(made, wanted, strict=True):
-        assert ours.keys() == theirs.keys()
-        for name in theirs:
-            np.testing.assert_array_equal(ours[name], theirs[name])
+    actual = islice(ray_stream.ray_rounds(stream, slots, 8, first), 23)  # three pipelines
+    expected = islice(LocalContext(torch.device("cpu")).rounds(stream, slots, 8, first), 23)
+    for actual_rows, expected_rows in zip(actual, expected, strict=True):
+        assert actual_rows.keys() == expected_rows.keys()
+        for name in expected_rows:
+            np.testing.assert_array_equal(actual_rows[name], expected_rows[name])
 
 
-def test_nothing_runs_beside_training_while_rows_wait_to_be_taken(
+def test_ray_data_is_idle_while_its_rows_wait_to_be_consumed(
     ray_cluster: None, prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pipeline that is slower than it could be keeps Ray Data's executor spinning."""
+    """A pipeline that waits for its consumer would keep Ray Data's executor spinning."""
     from hybrid.cluster import stream as ray_stream
 
-    # Half a megabyte each, as those of a 30 x 30 canvas are.
+    # Blocks of half a megabyte, as on a 30 x 30 canvas.
     monkeypatch.setattr(ray_stream, "ROWS_PER_BLOCK", 8192)
 
     def executors() -> list[str]:
@@ -80,8 +80,8 @@ def test_nothing_runs_beside_training_while_rows_wait_to_be_taken(
 
     rounds = ray_stream.ray_rounds(Stream(Dataset.open(prepared), seed=3), range(4), 4, 0)
     assert len(next(rounds)["inputs"]) == 4
-    waited = time.monotonic() + 30
-    while executors() and time.monotonic() < waited:
+    deadline = time.monotonic() + 30
+    while executors() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert executors() == []
     before = time.process_time()
@@ -98,44 +98,47 @@ def test_one_ray_worker_trains_the_same_weights_as_no_cluster(
 
 
 @pytest.mark.slow
-def test_what_only_one_worker_refuses_ends_the_run_and_is_said(
+def test_user_error_of_a_single_worker_ends_the_run(
     ray_cluster: None, experiment: Experiment
 ) -> None:
-    """The others wait for it: once they did so for half an hour, or for ever."""
+    """The other workers must not wait for it in a collective operation."""
     config = experiment("odd", cluster={"num_workers": 2})
     (config.run_folder / "train_1.log").mkdir(parents=True)
-    began = time.monotonic()
+    started = time.monotonic()
     with pytest.raises(UserError, match=r"odd: cannot be written to \(.*train_1\.log"):
         pretrain(config)
-    assert time.monotonic() - began < 150
+    assert time.monotonic() - started < 150
 
 
-def test_two_ray_workers_train_the_same_weights_to_rounding(
+def test_two_ray_workers_train_the_same_weights_up_to_rounding(
     ray_cluster: None, experiment: Experiment, local_run: Path
 ) -> None:
     config = experiment("two", cluster={"num_workers": 2})
     result = pretrain(config)
-    alone, shared = tensors(local_run), tensors(result.checkpoint)
-    for name in alone.keys() - {n for n in alone if n.startswith("slots_")}:
-        torch.testing.assert_close(shared[name], alone[name], rtol=0, atol=5e-5, msg=name)
-    for name in ("steps", "halted", "taken", "current.inputs", "current.puzzle_identifiers"):
-        halves = [shared[f"slots_00000{a}_00000{b}/{name}"] for a, b in ((0, 4), (4, 8))]
-        assert torch.equal(torch.cat(halves), alone[f"slots_000000_000008/{name}"]), name
+    local, distributed = tensors(local_run), tensors(result.checkpoint)
+    for name in local.keys() - {n for n in local if n.startswith("slots_")}:
+        torch.testing.assert_close(distributed[name], local[name], rtol=0, atol=5e-5, msg=name)
+    per_slot = ("steps", "halted", "rows_consumed", "current.inputs", "current.puzzle_identifiers")
+    for name in per_slot:
+        halves = [distributed[f"slots_00000{a}_00000{b}/{name}"] for a, b in ((0, 4), (4, 8))]
+        assert torch.equal(torch.cat(halves), local[f"slots_000000_000008/{name}"]), name
 
 
-def test_a_killed_worker_costs_nothing_but_time(ray_cluster: None, experiment: Experiment) -> None:
+def test_run_with_a_killed_worker_matches_uninterrupted_run(
+    ray_cluster: None, experiment: Experiment
+) -> None:
     steps = {"steps": 400, "save_every": 50, "train_accuracy_pairs": 0}
-    undisturbed = pretrain(experiment("calm", training=steps, cluster={"num_workers": 0}))
+    uninterrupted = pretrain(experiment("calm", training=steps, cluster={"num_workers": 0}))
     config = experiment("killed", training=steps)
     killed: list[int] = []
     killer = threading.Thread(target=kill_after_first_checkpoint, args=(config, killed))
     killer.start()
     result = pretrain(config)
     killer.join()
-    assert killed, "nobody was killed: the run was over too soon"
+    assert killed, "the run ended before a worker was killed"
     log = (config.run_folder / "train_0.log").read_text()
     assert log.count(" of 400, ") == 2, "the worker should have started twice"
-    assert_same(undisturbed.checkpoint, result.checkpoint)
+    assert_same(uninterrupted.checkpoint, result.checkpoint)
 
 
 def kill_after_first_checkpoint(config: Config, killed: list[int]) -> None:
@@ -150,7 +153,7 @@ def kill_after_first_checkpoint(config: Config, killed: list[int]) -> None:
         killed.append(actor.pid)
 
 
-def test_workers_that_can_never_fit_are_refused_before_anything_starts(
+def test_too_many_workers_are_rejected_before_the_run_starts(
     ray_cluster: None, experiment: Experiment
 ) -> None:
     config = experiment(
@@ -163,7 +166,7 @@ def test_workers_that_can_never_fit_are_refused_before_anything_starts(
     assert not (config.run_folder / "checkpoints").exists()
 
 
-def test_wrong_input_found_by_a_worker_is_still_the_users_one_line(
+def test_user_error_of_a_worker_reaches_the_driver(
     ray_cluster: None, experiment: Experiment
 ) -> None:
     config = experiment("odd", training={"batch_size": 1}, cluster={"num_workers": 2})
