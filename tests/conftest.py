@@ -1,4 +1,4 @@
-"""What every room's tests share."""
+"""Fixtures shared by all tests."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ASKED, TRAINED, config_of, object_store, write_tasks
+from helpers import EVALUATED, TRAINED, config_of, object_store, write_tasks
 
 from hybrid.arc import Task, load_tasks
 from hybrid.config import Config
 
 HERE = Path(__file__).parent
-# A GPU machine without Ray runs `pytest -m gpu`; other tests import what it lacks.
+# A GPU machine without Ray runs `pytest -m gpu`; the other tests import missing packages.
 collect_ignore = [
     path.name
     for path in HERE.iterdir()
@@ -27,20 +27,20 @@ collect_ignore = [
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Accept the setting of pytest-timeout where that is not installed."""
+    """Accept the `timeout` setting if pytest-timeout is not installed."""
     if find_spec("pytest_timeout") is None:
         parser.addini("timeout", "seconds that a test may take")
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    """Two processes add up in the same order only with the same number of threads."""
+    """Use one thread, because the order of summation depends on the number of threads."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """Small extracts of what the published code computed; see golden/extract.py."""
+    """Folder of reference values computed by the published code; see golden/extract.py."""
     return Path(__file__).parent / "golden"
 
 
@@ -53,22 +53,22 @@ def arc1() -> dict[str, Task]:
 
 @pytest.fixture(scope="session")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], str]]:
-    """bucket() -> the URI of a new place in a real S3 server on this machine, see STORE_KEYS."""
+    """bucket() -> the URI of a new bucket on a local S3 server; its keys are STORE_KEYS."""
     with object_store(tmp_path_factory.mktemp("moto") / "log") as new:
         yield new
 
 
 @pytest.fixture
 def configure(tmp_path: Path, arc1: dict[str, Task]) -> Callable[..., Config]:
-    """configure(section={key: value}) -> a tiny config; its tasks are on disk, not prepared."""
+    """configure(section={key: value}) -> a tiny config with task files and no prepared dataset."""
     write_tasks(tmp_path / "training", [arc1[task] for task in TRAINED])
-    write_tasks(tmp_path / "evaluation", [arc1[task] for task in ASKED])
+    write_tasks(tmp_path / "evaluation", [arc1[task] for task in EVALUATED])
     return partial(config_of, tmp_path)
 
 
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., BaseProcess]]:
-    """start(function, *args): a new process that has nothing of this one but its arguments."""
+    """start(function, *args) -> a new process that shares no state with this one."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     context: Any = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["helpers", "hybrid.evaluate"])

