@@ -1,7 +1,7 @@
-"""Golden files: the outputs that the published code recorded, and ours on any device beside them.
+"""Golden files: recorded outputs of the published code, compared with ours on any device.
 
-tests/golden/extract.py writes the files. A and B are ACT steps with fixed weights, C is a training
-trajectory of six optimiser steps.
+tests/golden/extract.py writes the files. A and B contain ACT steps with fixed weights; C contains
+a training trajectory of six optimiser steps.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from hybrid.trm import (
 FOLDER = Path(__file__).parents[1] / "tests" / "golden"
 ATTENTION, MLP_T = "A_trm_attn_tiny", "B_trm_mlpt_tiny"
 LIMITS = {ATTENTION: 2e-5, MLP_T: 3e-4, ATTENTION + "_bf16": 0.15}
-"""Largest absolute difference of any recorded output."""
+"""Maximum absolute difference of any recorded output."""
 TRAJECTORY = "C_train_traj_tiny"
 TRAJECTORY_LIMIT = 5e-6
 STEPS = [0, 3]
-"""ACT steps kept: the one that starts afresh and the one that ends the row."""
+"""Recorded ACT steps: the first and the last of a row."""
 ROWS = [2, 3]
-"""Rows whose carries are kept; row 3 has the blank puzzle."""
+"""Rows whose carries are recorded; row 3 has the blank puzzle."""
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 def draw(stream: np.random.RandomState, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    """The next weight matrix of a published model, std 1/sqrt(last axis), up to a few ulps."""
+    """Return the next published weight matrix, std 1/sqrt(last axis), within a few ulps."""
     inside = math.erf(math.sqrt(2))
     cut_std = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / inside)
     bits = stream.randint(0, 2**32, size=shape, dtype=np.uint32) & (2**24 - 1)
@@ -81,7 +81,7 @@ def published(name: str, device: torch.device, **changes: Any) -> TRM:
 
 
 def batch_in(tensors: Mapping[str, Tensor], prefix: str = "batch.") -> dict[str, Tensor]:
-    """Select the tensors whose names start with `prefix`, without it."""
+    """Return the tensors whose names start with `prefix`, by the rest of their names."""
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
@@ -89,17 +89,17 @@ def batch_in(tensors: Mapping[str, Tensor], prefix: str = "batch.") -> dict[str,
 def worst_differences(
     name: str, device: torch.device, *, compiled: bool = False, **changes: Any
 ) -> dict[str, float]:
-    """Largest absolute difference of every recorded output, first and last ACT step.
+    """Return the maximum absolute difference of each output in the first and last ACT step.
 
-    A random TRM amplifies rounding with every cycle, so the last step starts from recorded carries.
-    Raises AssertionError if rows halt at another step than recorded.
+    The last step starts from recorded carries, because a random TRM amplifies rounding errors in
+    every cycle. Raises AssertionError if a row halts at another step than recorded.
     """
-    model, theirs = published(name, device, **changes), recorded(name, device)
+    model, reference = published(name, device, **changes), recorded(name, device)
     if compiled:
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         model.compile_recursion()
-    batch = batch_in(theirs)
+    batch = batch_in(reference)
     worst: dict[str, float] = {}
 
     def compare(key: str, ours: Tensor, expected: Tensor) -> None:
@@ -107,25 +107,25 @@ def worst_differences(
 
     carry, out = model.act_step(model.initial_carry(batch), batch)
     for field in ("logits", "q_halt", "q_continue"):
-        compare(f"first {field}", getattr(out, field), theirs[f"step.{field}"][0])
-    assert torch.equal(carry.halted, theirs["step.halted"][0])
+        compare(f"first {field}", getattr(out, field), reference[f"step.{field}"][0])
+    assert torch.equal(carry.halted, reference["step.halted"][0])
 
     carry = replace(
         carry,
-        z_H=theirs["before.z_H"].to(model.dtype),
-        z_L=theirs["before.z_L"].to(model.dtype),
+        z_H=reference["before.z_H"].to(model.dtype),
+        z_L=reference["before.z_L"].to(model.dtype),
         steps=torch.full((len(ROWS),), STEPS[-1], dtype=torch.int32, device=device),
         halted=torch.zeros(len(ROWS), dtype=torch.bool, device=device),
         current={key: value[ROWS] for key, value in carry.current.items()},
     )
     carry, out = model.act_step(carry, carry.current)
     for field in ("logits", "q_halt", "q_continue"):
-        compare(f"last {field}", getattr(out, field), theirs[f"step.{field}"][1][ROWS])
+        compare(f"last {field}", getattr(out, field), reference[f"step.{field}"][1][ROWS])
     assert bool(torch._dynamo.utils.counters["stats"]["unique_graphs"]) >= compiled, "not compiled"
-    compare("last z_H", carry.z_H, theirs["after.z_H"])
-    compare("last z_L", carry.z_L, theirs["after.z_L"])
-    assert torch.equal(carry.steps, theirs["step.steps"][1][ROWS])
-    assert torch.equal(carry.halted, theirs["step.halted"][1][ROWS])
+    compare("last z_H", carry.z_H, reference["after.z_H"])
+    compare("last z_L", carry.z_L, reference["after.z_L"])
+    assert torch.equal(carry.steps, reference["step.steps"][1][ROWS])
+    assert torch.equal(carry.halted, reference["step.halted"][1][ROWS])
     return worst
 
 
@@ -134,37 +134,37 @@ class Trajectory:
     """Six optimiser steps of golden C by our model and optimisers."""
 
     steps: dict[str, Tensor]
-    """[6, ...] by the names of the recorded tensors, without `step.`."""
+    """Tensors [6, ...] by recorded name without `step.`."""
     model: TRM
     ema: ExponentialMovingAverage
     recorded: dict[str, Tensor]
 
     def differences(self) -> Tensor:
-        """Absolute differences of all final weights and of the puzzle table after each step."""
+        """Return absolute differences of final weights and of the puzzle table after each step."""
         pairs = [
             (weight.detach(), self.recorded["final.model." + upstream.published_name(name)])
             for name, weight in self.model.named_parameters()
         ]
         pairs.append((self.steps["puzzle_emb_weights"], self.recorded["step.puzzle_emb_weights"]))
-        return torch.cat([(ours - theirs).abs().flatten() for ours, theirs in pairs])
+        return torch.cat([(ours - reference).abs().flatten() for ours, reference in pairs])
 
 
 def trajectory(device: torch.device, *, compiled: bool = False, **changes: Any) -> Trajectory:
-    """Train golden C's model for six steps, in the published order: table, weights, average.
+    """Train golden C's model for six steps, in the published order: puzzle table, weights, EMA.
 
     `changes` override its config.
     """
-    about = json.loads((FOLDER / f"{TRAJECTORY}.json").read_text())
-    hyper, theirs = about["hyper"], recorded(TRAJECTORY, device)
+    metadata = json.loads((FOLDER / f"{TRAJECTORY}.json").read_text())
+    hyper, reference = metadata["hyper"], recorded(TRAJECTORY, device)
     start = unpack(np.load(FOLDER / f"{TRAJECTORY}.npz"))
-    model = upstream.load(start, **(about["config"] | changes)).to(device).train()
+    model = upstream.load(start, **(metadata["config"] | changes)).to(device).train()
     if compiled:
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         model.compile_recursion()
     weights = dict(model.named_parameters())
     columns = {"model." + upstream.published_name(name): p for name, p in weights.items()}
-    assert columns.keys() == set(about["grad_norm_columns"])
+    assert columns.keys() == set(metadata["grad_norm_columns"])
     adam = AdamAtan2(
         weights, betas=(hyper["beta1"], hyper["beta2"]), weight_decay=hyper["weight_decay"]
     )
@@ -181,12 +181,12 @@ def trajectory(device: torch.device, *, compiled: bool = False, **changes: Any) 
 
     carry, steps = None, []
     for i in range(6):
-        batch = {name: value[i] for name, value in batch_in(theirs).items()}
+        batch = {name: value[i] for name, value in batch_in(reference).items()}
         carry, step = _backward(model, batch, carry)
         step |= {
             "lr": torch.tensor(rate(i, hyper["lr"])),
             "lr_puzzle": torch.tensor(rate(i, hyper["puzzle_emb_lr"])),
-            "grad_norm": torch.stack([_norm(columns[c]) for c in about["grad_norm_columns"]]),
+            "grad_norm": torch.stack([_norm(columns[c]) for c in metadata["grad_norm_columns"]]),
         }
         sign_sgd_(
             model.puzzle_table,
@@ -202,13 +202,13 @@ def trajectory(device: torch.device, *, compiled: bool = False, **changes: Any) 
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs >= 2 * compiled, "not compiled with and without gradient"
     stacked = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
-    return Trajectory(steps=stacked, model=model, ema=ema, recorded=theirs)
+    return Trajectory(steps=stacked, model=model, ema=ema, recorded=reference)
 
 
 def _backward(
     model: TRM, batch: dict[str, Tensor], carry: Carry | None
 ) -> tuple[Carry, dict[str, Tensor]]:
-    """Run forward and backward of a step; returns the new carry and the tensors to compare."""
+    """Run forward and backward of a step; return the new carry and the tensors to compare."""
     carry, out = model.act_step(carry or model.initial_carry(batch), batch)
     loss, sums = act_loss(
         out.logits, out.q_halt, carry.current["labels"], carry.steps, carry.halted

@@ -1,11 +1,11 @@
 """A plain Tiny Recursive Model and its trainer: the baseline of the benchmarks.
 
-Written from the paper's description the way published trainers work, and nothing in it is tuned:
-weights are cast at every call, rotary positions and norms are chains of small operations, the loss
-is the naive float64 form, metrics are read from the device after every step, each weight is moved
-and averaged by itself, and evaluation runs a deep copy with the averaged weights through all ACT
-steps. Compiled, as the published trainer is on a GPU, the model and its loss are one graph for one
-size. tests/trm/test_plain.py holds both to the numbers of hybrid/trm.
+The code follows the paper and published trainers without any tuning: weights are cast in every
+call, rotary positions and norms are chains of small operations, the loss is the naive float64 form,
+metrics are copied from the device after every step, the optimiser and the EMA update one weight at
+a time, and evaluation runs a deep copy with the averaged weights through all ACT steps. With
+`compiled`, as in the published trainer on a GPU, model and loss are one graph per size.
+tests/trm/test_plain.py checks both variants against hybrid/trm.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class PlainCarry:
 
 
 class PlainTRM(nn.Module):
-    """Attention and rotary positions only; tensors are named as in hybrid.trm.TRM."""
+    """TRM with attention and rotary positions only; tensor names match hybrid.trm.TRM."""
 
     H_init: Tensor
     L_init: Tensor
@@ -152,9 +152,9 @@ class PlainTRM(nn.Module):
     def forward(
         self, carry: PlainCarry, batch: Batch, exploration: tuple[Tensor, Tensor] | None = None
     ) -> tuple[PlainCarry, Tensor, Tensor]:
-        """Run an ACT step; returns the new carry, logits [B, L, V] and halt logits [B].
+        """Run an ACT step; return the new carry, logits [B, L, V] and halt logits [B].
 
-        While training, puzzle rows [B, ndim] are copied to `puzzle_rows`, which has their gradient.
+        In training, puzzle rows [B, ndim] are copied to `puzzle_rows`, which gets their gradient.
         """
         fresh = carry.halted
         z_H = torch.where(fresh.view(-1, 1, 1), self.H_init.to(self.dtype), carry.z_H)
@@ -187,14 +187,14 @@ class PlainTRM(nn.Module):
         halted = steps >= self.config.halt_max_steps
         if self.training and self.config.halt_max_steps > 1:
             halted = halted | (q_halt.detach() > 0)
-            explore, least = exploration or (torch.rand_like(q_halt), torch.rand_like(q_halt))
-            minimum = 2 + (least * (self.config.halt_max_steps - 1)).long()
-            halted = halted & (steps >= (explore < self.config.halt_exploration_prob) * minimum)
+            explore, draw = exploration or (torch.rand_like(q_halt), torch.rand_like(q_halt))
+            min_steps = 2 + (draw * (self.config.halt_max_steps - 1)).long()
+            halted = halted & (steps >= (explore < self.config.halt_exploration_prob) * min_steps)
         return PlainCarry(z_H.detach(), z_L.detach(), steps, halted, current), logits, q_halt
 
 
 def stablemax_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The naive form in float64."""
+    """Return the naive form of the loss per position, in float64."""
     logits = logits.to(torch.float64)
     s = torch.where(logits < 0, 1 / (1 - logits + 1e-30), logits + 1)
     log_p = torch.log(s / s.sum(-1, keepdim=True))
@@ -204,7 +204,7 @@ def stablemax_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class PlainLossHead(nn.Module):
-    """The model together with its loss and metrics."""
+    """Model with its loss and metrics."""
 
     def __init__(self, model: PlainTRM) -> None:
         super().__init__()
@@ -213,7 +213,7 @@ class PlainLossHead(nn.Module):
     def forward(
         self, carry: PlainCarry, batch: Batch, exploration: tuple[Tensor, Tensor] | None = None
     ) -> tuple[PlainCarry, Tensor, dict[str, Tensor], Tensor, Tensor]:
-        """Run an ACT step; returns the new carry, loss, metrics, tokens [B, L], halt logits [B]."""
+        """Run an ACT step; return the new carry, loss, metrics, tokens [B, L], halt logits [B]."""
         carry, logits, q_halt = self.model(carry, batch, exploration)
         labels = carry.current["labels"]
         scored = labels != IGNORE
@@ -240,7 +240,7 @@ class PlainLossHead(nn.Module):
 
 
 class PlainTrainer:
-    """The model, Adam-atan2 weight by weight, sign-SGD of the table, and the moving average."""
+    """Trainer: Adam-atan2 one weight at a time, sign-SGD of the puzzle table, and EMA."""
 
     def __init__(
         self,
@@ -256,7 +256,7 @@ class PlainTrainer:
         self.weight_decay, self.ema_rate = weight_decay, ema_rate
         self.compiled = compiled
         self.head = self._head(model)
-        self.averaged: tuple[PlainTRM, Callable[..., Any]] | None = None
+        self.ema_model: tuple[PlainTRM, Callable[..., Any]] | None = None
         table = model.puzzle_table
         rows = table.new_zeros(batch_size, table.shape[1]).requires_grad_()
         model.register_buffer("puzzle_rows", rows, persistent=False)
@@ -273,15 +273,15 @@ class PlainTrainer:
         puzzle_lr: float,
         exploration: tuple[Tensor, Tensor] | None = None,
     ) -> dict[str, float]:
-        """One training step; its metrics."""
+        """Run one training step and return its metrics."""
         model = self.model.train()
         if self.carry is None:
             self.carry = model.initial_carry(batch)
         self.carry, loss, metrics, *_ = self.head(self.carry, batch, exploration)
         ((1 / self.batch_size) * loss).backward()
-        self._move_table(self.carry.current["puzzle_identifiers"], puzzle_lr)
-        self._move_weights(lr)
-        self._average()
+        self._update_table(self.carry.current["puzzle_identifiers"], puzzle_lr)
+        self._update_weights(lr)
+        self._update_ema()
         return {name: float(value) for name, value in metrics.items()}
 
     def _head(self, model: PlainTRM) -> Callable[..., Any]:
@@ -293,7 +293,7 @@ class PlainTrainer:
         return model, self._head(model)
 
     @torch.no_grad()
-    def _move_table(self, ids: Tensor, lr: float) -> None:
+    def _update_table(self, ids: Tensor, lr: float) -> None:
         rows = self.model.puzzle_rows
         assert rows.grad is not None
         unique, inverse = ids.long().unique(return_inverse=True)
@@ -305,7 +305,7 @@ class PlainTrainer:
         rows.grad = None
 
     @torch.no_grad()
-    def _move_weights(self, lr: float) -> None:
+    def _update_weights(self, lr: float) -> None:
         self.t += 1
         beta1, beta2 = self.betas
         for name, p in self.model.named_parameters():
@@ -319,17 +319,17 @@ class PlainTrainer:
             p.grad = None
 
     @torch.no_grad()
-    def _average(self) -> None:
+    def _update_ema(self) -> None:
         for name, p in self.model.named_parameters():
             old = self.values[name].clone()
             self.values[name] = (1.0 - self.ema_rate) * p.data + self.ema_rate * old
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(tokens [B, L], halt logits [B]) of the averaged weights after all ACT steps."""
-        model, head = self.averaged or self._copy()
-        if self.compiled:  # checking a new copy takes longer than evaluating a small model
-            self.averaged = model, head
+        """Return tokens [B, L] and halt logits [B] of the averaged weights after all ACT steps."""
+        model, head = self.ema_model or self._copy()
+        if self.compiled:  # guard checks of a new copy take longer than evaluating a small model
+            self.ema_model = model, head
         model.puzzle_table.copy_(self.model.puzzle_table)
         for name, p in model.named_parameters():
             p.data.copy_(self.values[name])

@@ -1,4 +1,4 @@
-"""A TRM small enough to differentiate by hand, and one thread: the machine is shared."""
+"""Tiny TRM configs and batches; tests run on one thread because the machine is shared."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., TRMConfig]:
-    """The smallest config with every part in it; keyword arguments change fields."""
+    """Return a factory of the smallest config with every component; keywords override fields."""
 
     def make(**changes: Any) -> TRMConfig:
         sizes: dict[str, Any] = {
@@ -45,7 +45,7 @@ def tiny() -> Callable[..., TRMConfig]:
 
 @pytest.fixture(scope="session")
 def batch_of() -> Callable[..., dict[str, Tensor]]:
-    """Random rows that fit a config, about a third of their labels ignored."""
+    """Return a factory of random batches for a config; about a third of the labels is ignored."""
 
     def make(config: TRMConfig, rows: int = 4, seed: int = 0) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
@@ -67,7 +67,7 @@ def batch_of() -> Callable[..., dict[str, Tensor]]:
 
 @pytest.fixture(scope="session")
 def halting() -> Callable[[TRM, float], TRM]:
-    """Make a model's halt logit this number, whatever it thinks."""
+    """Return a function that sets a model's halt logit to a constant."""
 
     def force(model: TRM, logit: float) -> TRM:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A tiny TRM really learns, and needs its puzzle table to."""
+"""A tiny TRM learns two puzzles, for which it needs its puzzle table."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hybrid.trm import TRM, AdamAtan2, TRMConfig, act_loss, learning_rate, sign_
 COPY, RECOLOUR = 1, 2
 
 
-def test_copy_and_recolour_are_learnt_exactly(tiny: Callable[..., TRMConfig]) -> None:
-    """The same eight grids under both puzzles: without the table's rows at most 8 of 16."""
+def test_copy_and_recolour_are_learned_exactly(tiny: Callable[..., TRMConfig]) -> None:
+    """Both puzzles share eight grids: without puzzle embeddings at most 8 of 16 can be right."""
     config = tiny(
         hidden_size=32,
         puzzle_emb_ndim=32,

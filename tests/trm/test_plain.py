@@ -1,4 +1,4 @@
-"""The baseline of the benchmarks computes what the model computes."""
+"""The plain TRM of the benchmarks is equivalent to hybrid.trm."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ LR, PUZZLE_LR, DECAY, RATE = 1e-3, 1e-2, 0.1, 0.9
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_six_steps_of_the_baseline_are_ours(
+def test_six_steps_of_the_plain_trainer_match_ours(
     tiny: Callable[..., TRMConfig], batch_of: Callable[..., dict[str, Tensor]], compiled: bool
 ) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     config = tiny(hidden_size=32, halt_max_steps=3, halt_exploration_prob=0.5, L_layers=2)
     ours = TRM(config, seed=1).train()
-    theirs = PlainTRM(config)
-    theirs.load_state_dict(ours.state_dict())
+    plain = PlainTRM(config)
+    plain.load_state_dict(ours.state_dict())
     trainer = PlainTrainer(
-        theirs, batch_size=4, weight_decay=DECAY, ema_rate=RATE, compiled=compiled
+        plain, batch_size=4, weight_decay=DECAY, ema_rate=RATE, compiled=compiled
     )
     weights = dict(ours.named_parameters())
     adam, ema = AdamAtan2(weights, weight_decay=DECAY), ExponentialMovingAverage(weights, RATE)
@@ -68,7 +68,7 @@ def test_six_steps_of_the_baseline_are_ours(
         assert torch.equal(trainer.carry.current["inputs"], carry.current["inputs"])
     close: dict[str, Any] = {"rtol": 0, "atol": 5e-6}
     for name, value in ours.state_dict().items():
-        torch.testing.assert_close(theirs.state_dict()[name], value, **close)
+        torch.testing.assert_close(plain.state_dict()[name], value, **close)
     for name, value in ema.values.items():
         torch.testing.assert_close(trainer.values[name], value, **close)
 
@@ -86,7 +86,7 @@ def test_six_steps_of_the_baseline_are_ours(
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-def test_its_loss_is_the_naive_form_of_ours() -> None:
+def test_naive_loss_matches_ours() -> None:
     logits = torch.tensor([[[-3.0, -0.5, 0.0, 0.7, 5.0]]])
     for label in range(5):
         loss = stablemax_cross_entropy(logits, torch.tensor([[label]]))

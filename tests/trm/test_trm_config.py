@@ -1,4 +1,4 @@
-"""TRMConfig refuses what no model can be built from, all of it at once."""
+"""TRMConfig rejects invalid fields and reports all of them at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hybrid.trm import TRM, TRMConfig
 
 
-def test_every_wrong_field_is_reported_at_once() -> None:
+def test_all_invalid_fields_are_reported_at_once() -> None:
     wrong: dict[str, Any] = {
         "num_heads": 0,
         "L_layers": 0,
@@ -42,29 +42,29 @@ def test_every_wrong_field_is_reported_at_once() -> None:
         ({"puzzle_emb_ndim": 9000}, "puzzle_emb_ndim 9000 does not fit in puzzle_emb_len 16"),
     ],
 )
-def test_sizes_must_agree(wrong: dict[str, int], match: str) -> None:
+def test_inconsistent_sizes_raise_value_error(wrong: dict[str, int], match: str) -> None:
     base: dict[str, Any] = {"puzzle_emb_ndim": 0}
     with pytest.raises(ValueError, match=match):
         TRMConfig(**(base | wrong))
 
 
 @pytest.mark.parametrize("wrong", [{"pos_encodings": "bogus"}, {"forward_dtype": "fp16"}], ids=str)
-def test_a_choice_that_does_not_exist_is_refused(wrong: dict[str, Any]) -> None:
+def test_unknown_choice_raises_value_error(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         TRMConfig(**wrong)
 
 
-def test_odd_heads_are_fine_where_nothing_is_rotated() -> None:
+def test_odd_head_width_is_valid_without_rotary() -> None:
     TRMConfig(hidden_size=24, num_heads=8, pos_encodings="none", puzzle_emb_ndim=0)
 
 
-def test_positions_count_the_prefix_only_where_there_is_one() -> None:
+def test_positions_include_the_prefix_only_with_puzzle_embeddings() -> None:
     assert TRMConfig().positions == 916
     assert TRMConfig(puzzle_emb_ndim=0).positions == 900
 
 
-def test_the_published_model_has_its_published_size() -> None:
-    """Seven million: SwiGLU's inner width is 1536 at width 512."""
+def test_default_model_has_the_published_size() -> None:
+    """The published model has seven million weights; its SwiGLU's inner width is 1536."""
     model = TRM(TRMConfig())
     assert model.blocks[0].mlp.down_proj.weight.shape == (512, 1536)
     layer = 512 * 512 * 4 + 512 * 3072 + 1536 * 512

@@ -1,4 +1,4 @@
-"""Gradient flows through the last cycle and nothing before it, by finite differences in float64."""
+"""Gradient flows through the last cycle only, verified by finite differences in float64."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def loss_of(model: TRM, carry: Carry, batch: dict[str, Tensor], rows: Tensor | N
 
 
 def slope(f: Callable[[], Tensor], weight: Tensor, direction: Tensor, step: float) -> float:
-    """df / d(weight along direction), fourth-order central difference."""
+    """Return df / d(weight along direction) by a fourth-order central difference."""
     start = weight.clone()
     values = []
     for k in (-2, -1, 1, 2):
@@ -43,12 +43,12 @@ def slope(f: Callable[[], Tensor], weight: Tensor, direction: Tensor, step: floa
 @pytest.mark.parametrize("cycles", [1, 2, 3])
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("head", ["answer", "halt"])
-def test_gradient_is_that_of_the_last_cycle(
+def test_gradient_matches_finite_differences_of_the_last_cycle(
     tiny: Tiny, batch_of: BatchOf, head: str, mix: dict[str, Any], cycles: int
 ) -> None:
     config = tiny(forward_dtype="float64", H_cycles=cycles, halt_max_steps=16, **mix)
     model = TRM(config, seed=1).double().train()
-    # The same weights, one cycle an ACT step: its carry after k steps is k cycles' result.
+    # With one cycle per ACT step, the carry after k steps is the result of k cycles.
     single = TRM(replace(config, H_cycles=1)).double().train()
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -57,8 +57,8 @@ def test_gradient_is_that_of_the_last_cycle(
             model.q_head.weight.normal_(generator=generator)
             model.q_head.bias.zero_()
     single.load_state_dict(model.state_dict())
-    # The halt logit is float32 whatever the dtype. At its initial weight, zero, it does not move
-    # with the other weights, and the differences are exact; else they need a long step.
+    # The halt logit is float32 for every dtype. At its initial zero weight it does not depend on
+    # the other weights, and finite differences are exact; otherwise they need a large step.
     step, tolerance = (1e-4, 1e-8) if head == "answer" else (3e-3, 2e-3)
 
     batch = batch_of(config, rows=3)
@@ -85,11 +85,13 @@ def test_gradient_is_that_of_the_last_cycle(
             numeric = slope(lambda: loss_of(single, constant, batch, None), weight, sideways, step)
         analytic = float((own.grad * sideways).sum())
         assert analytic == pytest.approx(numeric, rel=tolerance, abs=tolerance), name
-    assert min(slopes) > 1e-3, "a slope this small would not tell anything"
+    assert min(slopes) > 1e-3, "gradients are too small for a meaningful comparison"
 
 
 @pytest.mark.parametrize("cycles", [1, 2, 3])
-def test_the_puzzle_rows_receive_it_too(tiny: Tiny, batch_of: BatchOf, cycles: int) -> None:
+def test_puzzle_rows_receive_the_gradient_of_the_last_cycle(
+    tiny: Tiny, batch_of: BatchOf, cycles: int
+) -> None:
     config = tiny(forward_dtype="float64", H_cycles=cycles, halt_max_steps=16)
     model, single = (TRM(c, seed=1).double().train() for c in (config, replace(config, H_cycles=1)))
     batch = batch_of(config, rows=3)
@@ -109,8 +111,8 @@ def test_the_puzzle_rows_receive_it_too(tiny: Tiny, batch_of: BatchOf, cycles: i
     assert abs(numeric) > 1e-2
 
 
-def test_full_gradient_would_differ(tiny: Tiny, batch_of: BatchOf) -> None:
-    """So that the finite differences above do tell one cycle from two."""
+def test_full_gradient_differs(tiny: Tiny, batch_of: BatchOf) -> None:
+    """The finite differences above therefore distinguish one cycle from two."""
     config = tiny(forward_dtype="float64", H_cycles=2)
     model = TRM(config, seed=1).double().train()
     batch = batch_of(config, rows=3)
@@ -125,7 +127,7 @@ def test_full_gradient_would_differ(tiny: Tiny, batch_of: BatchOf) -> None:
 
 
 @pytest.mark.parametrize("cycles", [1, 2])
-def test_the_new_carry_is_detached(tiny: Tiny, batch_of: BatchOf, cycles: int) -> None:
+def test_returned_carry_is_detached(tiny: Tiny, batch_of: BatchOf, cycles: int) -> None:
     model = TRM(tiny(H_cycles=cycles)).train()
     batch = batch_of(model.config)
     carry, out = model.act_step(model.initial_carry(batch), batch)
@@ -134,8 +136,8 @@ def test_the_new_carry_is_detached(tiny: Tiny, batch_of: BatchOf, cycles: int) -
         assert not value.requires_grad
 
 
-def test_what_has_its_own_rule_is_no_parameter(tiny: Tiny, batch_of: BatchOf) -> None:
-    """H_init and L_init are not trained, and the table's step reads the rows, not the table."""
+def test_initial_states_and_puzzle_table_are_buffers(tiny: Tiny, batch_of: BatchOf) -> None:
+    """H_init and L_init are not trained, and the table's gradient is that of the rows used."""
     model = TRM(tiny()).train()
     assert dict(model.named_buffers()).keys() == {"H_init", "L_init", "puzzle_table"}
     batch = batch_of(model.config)
@@ -143,14 +145,15 @@ def test_what_has_its_own_rule_is_no_parameter(tiny: Tiny, batch_of: BatchOf) ->
     assert out.puzzle_rows is not None
     assert out.puzzle_rows.is_leaf and out.puzzle_rows.requires_grad
     assert not model.puzzle_table.requires_grad
-    for quiet in (model.eval(), model.train()):
+    for mode in (False, True):
+        model.train(mode)
         with torch.no_grad():
-            rows = quiet.act_step(quiet.initial_carry(batch), batch)[1].puzzle_rows
+            rows = model.act_step(model.initial_carry(batch), batch)[1].puzzle_rows
         assert rows is not None and not rows.requires_grad
 
 
-def test_evaluating_first_does_not_spoil_training(tiny: Tiny, batch_of: BatchOf) -> None:
-    """What is cached on the way must not be an inference tensor: backward refuses those."""
+def test_model_trains_after_evaluation(tiny: Tiny, batch_of: BatchOf) -> None:
+    """Cached tensors must not be inference tensors, which backward rejects."""
     model = TRM(tiny())
     batch = batch_of(model.config)
     with torch.inference_mode():
@@ -160,8 +163,8 @@ def test_evaluating_first_does_not_spoil_training(tiny: Tiny, batch_of: BatchOf)
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_two_threads_sum_the_gradient_in_one_order() -> None:
-    """Indexing the embedding sums its gradient with atomics, in whatever order threads come."""
+def test_gradient_is_deterministic_on_two_threads() -> None:
+    """Indexing instead of F.embedding would sum gradients in a nondeterministic order."""
     config = TRMConfig(
         hidden_size=128,
         num_heads=4,
@@ -176,11 +179,11 @@ def test_two_threads_sum_the_gradient_in_one_order() -> None:
     tokens = torch.randint(0, 12, (64, 36), generator=draw, dtype=torch.int32)
     batch = {"inputs": tokens, "labels": tokens, "puzzle_identifiers": torch.zeros(64).int()}
     torch.set_num_threads(2)
-    found = []
+    grads = []
     for _ in range(8):
         model.zero_grad()
         _, outputs = model.act_step(model.initial_carry(batch), batch)
         torch.autograd.backward(outputs.logits.square().sum())
         assert model.embed_tokens.grad is not None
-        found.append(model.embed_tokens.grad.clone())
-    assert all(torch.equal(grad, found[0]) for grad in found)
+        grads.append(model.embed_tokens.grad.clone())
+    assert all(torch.equal(grad, grads[0]) for grad in grads)

@@ -1,4 +1,4 @@
-"""Initial weights, the first carry, and what goes in front of the grid."""
+"""Initial weights, initial carry, and the puzzle prefix."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ Tiny = Callable[..., TRMConfig]
 BatchOf = Callable[..., dict[str, Tensor]]
 
 CUT_STD = 0.8796
-"""Deviation of a unit normal cut at two deviations."""
+"""Deviation of a unit normal truncated at two deviations."""
 
 
 @pytest.mark.parametrize("mlp_t", [False, True])
-def test_weights_have_the_stated_deviation(tiny: Tiny, mlp_t: bool) -> None:
-    """torch's own truncated normal would be 12% too narrow."""
+def test_weights_have_the_documented_deviation(tiny: Tiny, mlp_t: bool) -> None:
+    """The deviation of torch's trunc_normal_ would be 12% too small."""
     config = tiny(
         hidden_size=64, puzzle_emb_ndim=64, seq_len=62, pos_encodings="learned", mlp_t=mlp_t
     )
     model = TRM(config)
-    seen = 0
+    checked = 0
     for name, weight in model.named_parameters():
         if name.startswith("q_head"):
             continue
-        seen += 1
-        std = 1 / math.sqrt(weight.shape[1])  # of D for the embeddings, of fan-in for the others
-        off = float(weight.detach().std()) / std - 1
-        # Five deviations of the estimate, 0.59 / sqrt(n) for this kurtosis.
-        assert abs(off) < 5 * 0.59 / math.sqrt(weight.numel()), name
+        checked += 1
+        std = 1 / math.sqrt(weight.shape[1])  # D for the embeddings, fan-in for the others
+        error = float(weight.detach().std()) / std - 1
+        # Five standard errors of 0.59 / sqrt(n), given the kurtosis.
+        assert abs(error) < 5 * 0.59 / math.sqrt(weight.numel()), name
         largest = float(weight.detach().abs().max()) / (2 * std / CUT_STD)
         assert 0.97 < largest < 1.0001, name
         assert abs(float(weight.detach().mean())) < 5 * std / math.sqrt(weight.numel()), name
-    assert seen == 7
+    assert checked == 7
 
 
 def test_initial_states_have_deviation_one(tiny: Tiny) -> None:
@@ -49,7 +49,9 @@ def test_initial_states_have_deviation_one(tiny: Tiny) -> None:
     assert not any(torch.equal(model.H_init, model.L_init) for model in models)
 
 
-def test_nobody_halts_at_first_and_no_puzzle_is_known(tiny: Tiny, batch_of: BatchOf) -> None:
+def test_initial_halt_logit_is_minus_five_and_puzzle_table_zero(
+    tiny: Tiny, batch_of: BatchOf
+) -> None:
     model = TRM(tiny())
     assert model.puzzle_table.shape == (5, 8) and not model.puzzle_table.any()
     assert not model.q_head.weight.any()
@@ -59,13 +61,13 @@ def test_nobody_halts_at_first_and_no_puzzle_is_known(tiny: Tiny, batch_of: Batc
     assert out.q_halt.tolist() == [-5.0] * 4 and out.q_halt.dtype == torch.float32
 
 
-def test_the_seed_decides_every_weight(tiny: Tiny) -> None:
+def test_seed_determines_every_weight(tiny: Tiny) -> None:
     torch.manual_seed(1)
     one = TRM(tiny(), seed=3).state_dict()
     torch.manual_seed(2)
     state = torch.get_rng_state()
     model = TRM(tiny(), seed=3)
-    assert torch.equal(torch.get_rng_state(), state), "the global generator is not ours to advance"
+    assert torch.equal(torch.get_rng_state(), state), "the global generator was advanced"
     assert all(torch.equal(value, one[name]) for name, value in model.state_dict().items())
     other = TRM(tiny(), seed=4).state_dict()
     drawn = [n for n in one if not n.startswith("q_head") and n != "puzzle_table"]
@@ -79,7 +81,7 @@ def test_the_seed_decides_every_weight(tiny: Tiny) -> None:
 
 @pytest.fixture
 def _poisoned_memory() -> Iterator[None]:
-    """Every uninitialised tensor is full of NaN (or the largest integer)."""
+    """Fill uninitialised tensors with NaN or the largest integer."""
     assert torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
@@ -89,7 +91,7 @@ def _poisoned_memory() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_poisoned_memory")
 @pytest.mark.parametrize("positions", ["rope", "learned"])
-def test_nothing_is_left_uninitialised(tiny: Tiny, batch_of: BatchOf, positions: str) -> None:
+def test_all_tensors_are_initialised(tiny: Tiny, batch_of: BatchOf, positions: str) -> None:
     model = TRM(tiny(pos_encodings=positions))
     assert all(value.isfinite().all() for value in model.state_dict().values())
     batch = batch_of(model.config)
@@ -104,23 +106,23 @@ def test_nothing_is_left_uninitialised(tiny: Tiny, batch_of: BatchOf, positions:
 
 
 def embedded(model: TRM, batch: dict[str, Tensor]) -> Tensor:
-    """x [B, P+L, D]: what the first block reads when both states start at zero."""
-    seen: list[Tensor] = []
+    """Return x [B, P+L, D], the first block's input if both states are zero."""
+    inputs: list[Tensor] = []
     with torch.no_grad():
         model.H_init.zero_()
         model.L_init.zero_()
-        handle = model.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        handle = model.blocks[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
         model.act_step(model.initial_carry(batch), batch)
         handle.remove()
-    return seen[0]
+    return inputs[0]
 
 
 @pytest.mark.parametrize("positions", ["rope", "learned", "none"])
 @pytest.mark.parametrize("ndim", [8, 5, 20])
-def test_the_puzzle_row_fills_the_prefix_from_its_start(
+def test_puzzle_row_fills_the_prefix_from_its_start(
     tiny: Tiny, batch_of: BatchOf, ndim: int, positions: str
 ) -> None:
-    """As wide as the model, it is prefix position 0 alone; the rest of the prefix is zero."""
+    """A row as wide as the model fills prefix position 0; the rest of the prefix is zero."""
     config = tiny(puzzle_emb_ndim=ndim, puzzle_emb_len=3, pos_encodings=positions)
     model = TRM(config)
     batch = batch_of(config)
@@ -144,7 +146,7 @@ def test_without_puzzle_embeddings_there_is_no_prefix(tiny: Tiny, batch_of: Batc
     assert model.act_step(model.initial_carry(batch), batch)[1].puzzle_rows is None
 
 
-def test_given_puzzle_rows_stand_in_for_the_table(tiny: Tiny, batch_of: BatchOf) -> None:
+def test_given_puzzle_rows_replace_those_of_the_table(tiny: Tiny, batch_of: BatchOf) -> None:
     model = TRM(tiny()).eval()
     batch = batch_of(model.config)
     rows = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Published checkpoints in and out."""
+"""Import and export of published checkpoints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TABLE = "model.inner.puzzle_emb.weights"
 
 @pytest.fixture
 def model(tiny: Tiny) -> TRM:
-    """A model none of whose tensors is constant, table included."""
+    """Return a model without constant tensors, including its puzzle table."""
     model = TRM(tiny(), seed=5)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -37,14 +37,14 @@ def same(a: TRM, b: TRM) -> bool:
     return all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def refused(source: Any, match: str, **arch: Any) -> str:
+def load_error(source: Any, match: str, **arch: Any) -> str:
     with pytest.raises(UserError, match=match) as caught:
         upstream.load(source, **arch)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_names_are_the_published_ones(tiny: Tiny) -> None:
+def test_exported_names_are_the_published_ones(tiny: Tiny) -> None:
     def names(**changes: Any) -> set[str]:
         return set(upstream.export(TRM(tiny(**changes)), prefix=""))
 
@@ -69,7 +69,7 @@ def test_names_are_the_published_ones(tiny: Tiny) -> None:
     [{}, {"mlp_t": True}, {"pos_encodings": "learned"}, {"puzzle_emb_ndim": 0}, {"L_layers": 2}],
     ids=str,
 )
-def test_export_and_load_are_a_round_trip(tiny: Tiny, changes: dict[str, Any]) -> None:
+def test_export_and_load_round_trip(tiny: Tiny, changes: dict[str, Any]) -> None:
     model = TRM(tiny(**changes), seed=5)
     model.puzzle_table.normal_(generator=torch.Generator().manual_seed(0))
     loaded = upstream.load(upstream.export(model), **asdict(model.config))
@@ -83,19 +83,19 @@ def test_export_and_load_are_a_round_trip(tiny: Tiny, changes: dict[str, Any]) -
 @pytest.mark.parametrize(
     "prefix", ["", "model.", "_orig_mod.", "_orig_mod.model.", "model._orig_mod."]
 )
-def test_wrappers_in_front_of_the_names_do_not_matter(model: TRM, prefix: str) -> None:
-    """torch.compile puts `_orig_mod.` in front, the published loss head `model.`."""
+def test_wrapper_prefixes_are_removed(model: TRM, prefix: str) -> None:
+    """The prefix `_orig_mod.` is from torch.compile, `model.` from the published loss head."""
     state = upstream.export(model, prefix=prefix)
     assert all(name.startswith(prefix + "inner.") for name in state)
     assert same(upstream.load(state, **asdict(model.config)), model)
 
 
-def test_a_compiled_model_is_exported_under_the_same_names(model: TRM) -> None:
+def test_compiled_model_exports_the_same_names(model: TRM) -> None:
     compiled = torch.compile(model)
     assert upstream.export(compiled).keys() == upstream.export(model).keys()
 
 
-def test_a_file_is_as_good_as_a_state_dict(model: TRM, tmp_path: Path) -> None:
+def test_file_and_state_dict_load_equally(model: TRM, tmp_path: Path) -> None:
     path = tmp_path / "step_518071"
     torch.save(upstream.export(model), path)
     assert same(upstream.load(path, **asdict(model.config)), model)
@@ -103,7 +103,7 @@ def test_a_file_is_as_good_as_a_state_dict(model: TRM, tmp_path: Path) -> None:
 
 
 class Payload:
-    """Runs a command when unpickled without care."""
+    """Object that runs a command when unpickled."""
 
     def __init__(self, command: str) -> None:
         self.command = command
@@ -112,24 +112,24 @@ class Payload:
         return os.system, (self.command,)
 
 
-def test_a_pickle_with_code_is_refused_and_not_run(model: TRM, tmp_path: Path) -> None:
+def test_pickle_with_code_is_rejected_and_not_run(model: TRM, tmp_path: Path) -> None:
     path, proof = tmp_path / "evil.pt", tmp_path / "proof"
     torch.save(upstream.export(model) | {"x": Payload(f"touch {proof}")}, path)
-    message = refused(path, "not a torch checkpoint of plain tensors", **asdict(model.config))
+    message = load_error(path, "not a torch checkpoint of plain tensors", **asdict(model.config))
     assert message.startswith(str(path)) and not proof.exists()
 
 
-def test_files_that_hold_something_else_are_refused(model: TRM, tmp_path: Path) -> None:
+def test_other_files_are_rejected(model: TRM, tmp_path: Path) -> None:
     arch = asdict(model.config)
-    refused(tmp_path / "gone.pt", "gone.pt: no such checkpoint", **arch)
+    load_error(tmp_path / "gone.pt", "gone.pt: no such checkpoint", **arch)
     (tmp_path / "text.pt").write_text("hello")
-    refused(tmp_path / "text.pt", "text.pt: not a torch checkpoint", **arch)
+    load_error(tmp_path / "text.pt", "text.pt: not a torch checkpoint", **arch)
     (tmp_path / "cut.pt").write_bytes(b"")
-    refused(tmp_path / "cut.pt", "cut.pt: not a torch checkpoint", **arch)
+    load_error(tmp_path / "cut.pt", "cut.pt: not a torch checkpoint", **arch)
     for content in (torch.zeros(3), {"model": {"a": torch.zeros(1)}}, {"step": 3}):
         torch.save(content, tmp_path / "other.pt")
-        refused(tmp_path / "other.pt", "other.pt: not a state dict", **arch)
-    refused(tmp_path, "not a torch checkpoint", **arch)
+        load_error(tmp_path / "other.pt", "other.pt: not a state dict", **arch)
+    load_error(tmp_path, "not a torch checkpoint", **arch)
 
 
 @pytest.mark.parametrize(
@@ -142,26 +142,24 @@ def test_files_that_hold_something_else_are_refused(model: TRM, tmp_path: Path) 
         ({"hidden_size": 9, "L_layers": 0}, "L_layers must be at least 1.*hidden_size 9"),
     ],
 )
-def test_a_config_we_cannot_honour_is_refused(
-    model: TRM, change: dict[str, Any], match: str
-) -> None:
+def test_unsupported_config_is_rejected(model: TRM, change: dict[str, Any], match: str) -> None:
     arch = asdict(model.config) | change
     arch = {key: value for key, value in arch.items() if value is not None}
-    refused(upstream.export(model), "^arch: .*" + match, **arch)
+    load_error(upstream.export(model), "^arch: .*" + match, **arch)
 
 
-def test_published_keys_without_a_use_are_accepted(model: TRM) -> None:
+def test_unused_published_keys_are_accepted(model: TRM) -> None:
     extra = {"batch_size": 768, "H_layers": 0, "no_ACT_continue": True}
     loaded = upstream.load(upstream.export(model), **asdict(model.config), **extra)
     assert loaded.config == model.config
 
 
-def test_every_tensor_that_does_not_fit_is_named(model: TRM) -> None:
+def test_all_mismatched_tensors_are_listed(model: TRM) -> None:
     state = upstream.export(model)
     del state["model.inner.lm_head.weight"], state["model.inner.H_init"]
     state["model.inner.H_level.layers.0.mlp.weight"] = torch.zeros(2)
     state["model.inner.L_init"] = torch.zeros(9)
-    message = refused(state, "state dict: ", **asdict(model.config))
+    message = load_error(state, "state dict: ", **asdict(model.config))
     for part in (
         "missing inner.lm_head.weight",
         "missing inner.H_init",
@@ -172,24 +170,24 @@ def test_every_tensor_that_does_not_fit_is_named(model: TRM) -> None:
     assert message.count(";") == 3
 
 
-def test_a_table_of_another_width_is_named_with_its_shape(model: TRM) -> None:
+def test_puzzle_table_of_another_width_is_reported_with_its_shape(model: TRM) -> None:
     state = upstream.export(model) | {TABLE: torch.zeros(7, 9)}
-    refused(state, r"inner.puzzle_emb.weights is \[7, 9\]", **asdict(model.config))
+    load_error(state, r"inner.puzzle_emb.weights is \[7, 9\]", **asdict(model.config))
 
 
-def test_task_identity_is_not_dropped_in_silence(model: TRM) -> None:
-    """strict=False into a model without puzzle embeddings would load, and score nothing."""
+def test_puzzle_embeddings_are_not_dropped_silently(model: TRM) -> None:
+    """Loading with strict=False into a model without puzzle embeddings would ruin the score."""
     arch = asdict(model.config) | {"puzzle_emb_ndim": 0}
-    refused(
+    load_error(
         upstream.export(model), "has puzzle embeddings, but arch has puzzle_emb_ndim=0", **arch
     )
     state = upstream.export(model)
     del state[TABLE]
-    refused(state, "missing inner.puzzle_emb.weights", **asdict(model.config))
+    load_error(state, "missing inner.puzzle_emb.weights", **asdict(model.config))
 
 
 @pytest.mark.parametrize("rows", [3, 9])
-def test_a_table_of_another_size_becomes_its_mean_row(
+def test_puzzle_table_of_another_size_becomes_its_mean_row(
     model: TRM, rows: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     arch = asdict(model.config) | {"num_puzzle_identifiers": rows}
@@ -202,14 +200,14 @@ def test_a_table_of_another_size_becomes_its_mean_row(
     assert all(torch.equal(ours[n], theirs[n]) for n in ours if n != "puzzle_table")
 
 
-def test_a_table_of_the_same_size_is_kept_without_a_word(
+def test_puzzle_table_of_the_same_size_loads_without_a_warning(
     model: TRM, caplog: pytest.LogCaptureFixture
 ) -> None:
     upstream.load(upstream.export(model), **asdict(model.config))
     assert not caplog.records
 
 
-def test_rows_are_found_by_name(model: TRM, caplog: pytest.LogCaptureFixture) -> None:
+def test_puzzle_rows_are_matched_by_name(model: TRM, caplog: pytest.LogCaptureFixture) -> None:
     old = ["<blank>", "a", "b", "c", "d"]
     new = ["<blank>", "c", "x", "a"]
     with caplog.at_level(logging.WARNING):
@@ -225,9 +223,9 @@ def test_rows_are_found_by_name(model: TRM, caplog: pytest.LogCaptureFixture) ->
     assert "3 of 4 rows found by name" in caplog.text
 
 
-def test_name_lists_of_the_wrong_length_are_refused(model: TRM) -> None:
+def test_name_lists_of_the_wrong_length_are_rejected(model: TRM) -> None:
     arch = asdict(model.config) | {"num_puzzle_identifiers": 2}
-    refused(
+    load_error(
         upstream.export(model),
         "identifiers: 1 and 2 names for tables of 5 and 2 rows",
         identifiers=["a"],
@@ -236,7 +234,7 @@ def test_name_lists_of_the_wrong_length_are_refused(model: TRM) -> None:
     )
 
 
-def test_rows_are_found_by_name_in_a_table_of_the_same_size(model: TRM) -> None:
+def test_puzzle_rows_are_matched_by_name_in_a_table_of_the_same_size(model: TRM) -> None:
     old, new = list("abcde"), list("edcba")
     loaded = upstream.load(
         upstream.export(model), identifiers=old, new_identifiers=new, **asdict(model.config)
@@ -245,6 +243,6 @@ def test_rows_are_found_by_name_in_a_table_of_the_same_size(model: TRM) -> None:
 
 
 def test_export_shares_memory(model: TRM) -> None:
-    """The published table is 1.8 GB."""
+    """A copy of the published puzzle table would take 1.8 GB."""
     exported: dict[str, Tensor] = upstream.export(model)
     assert exported[TABLE].data_ptr() == model.puzzle_table.data_ptr()
