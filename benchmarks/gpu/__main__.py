@@ -58,14 +58,14 @@ def main() -> int:
             parser.error(f"{part} is none of {', '.join(LIMITS)}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no CUDA device; --device cpu --tiny tries the check itself")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda received, frame: sys.exit(128 + received))
+    for stop in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(stop, lambda received, frame: sys.exit(128 + received))
     out = arguments.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     (out / RESULTS).unlink(missing_ok=True)
     end = time.monotonic() + TOTAL
-    for number, part in enumerate(parts):
-        limit = time_limit(part, parts[number + 1 :], end - time.monotonic())
+    for index, part in enumerate(parts):
+        limit = time_limit(part, parts[index + 1 :], end - time.monotonic())
         if limit < MIN_SECONDS:
             append(out, part, "part", ended="no time left", seconds=0.0, **unfinished(part))
             continue
