@@ -1,4 +1,4 @@
-"""A checkpoint is there whole or not at all, and what is not what was written is named."""
+"""Checkpoints are atomic, and damaged files are detected and reported by name."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write(folder: Path, value: float = 1.0) -> Path:
     return folder
 
 
-def test_what_was_written_is_read(tmp_path: Path) -> None:
+def test_a_checkpoint_round_trips(tmp_path: Path) -> None:
     checkpoint = read(write(tmp_path / "runs" / "step_00000004"))
     assert {path.name for path in checkpoint.folder.iterdir()} == set(FILES)
     assert checkpoint.state["step"] == 4 and checkpoint.state["nested"] == {"x": [1, 2.5, None]}
@@ -41,7 +41,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     assert tensors["flags"].tolist() == [True, False]
 
 
-def test_the_digest_is_that_of_the_content(tmp_path: Path) -> None:
+def test_the_digest_depends_only_on_the_content(tmp_path: Path) -> None:
     one, same, other = (
         read(write(tmp_path / name / "step_00000004", value)).digest
         for name, value in (("a", 1.0), ("b", 1.0), ("c", 1.0 + 1e-7))
@@ -50,22 +50,22 @@ def test_the_digest_is_that_of_the_content(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path, name: str) -> None:
-    """Of state.json only bits that change a value count, so digits and letters are flipped."""
+def test_a_flipped_bit_is_detected_anywhere(tmp_path: Path, name: str) -> None:
+    """In state.json only letters and digits are flipped, because whitespace does not count."""
     path = write(tmp_path / "step_00000004") / name
-    whole = path.read_bytes()
-    places = [i for i, byte in enumerate(whole) if name != "state.json" or chr(byte).isalnum()]
-    for place in places[:: max(1, len(places) // 60)] + places[-1:]:
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    data = path.read_bytes()
+    offsets = [i for i, byte in enumerate(data) if name != "state.json" or chr(byte).isalnum()]
+    for i in offsets[:: max(1, len(offsets) // 60)] + offsets[-1:]:
+        path.write_bytes(data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :])
         with pytest.raises(UserError, match=name):
             read(path.parent)
-    path.write_bytes(whole)
+    path.write_bytes(data)
     read(path.parent)
 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("keep", [0.0, 0.5, None])
-def test_a_truncated_or_missing_file_is_named(
+def test_a_truncated_or_missing_file_is_reported_by_name(
     tmp_path: Path, name: str, keep: float | None
 ) -> None:
     path = write(tmp_path / "step_00000004") / name
@@ -78,24 +78,24 @@ def test_a_truncated_or_missing_file_is_named(
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("{not json", "cannot be read"),
         ("\xff\xfe", "cannot be read"),
         ("[1, 2]", "not a checkpoint of format 2"),
-        ('{"format": 1, "files": {}}', "a checkpoint of format 1, this version reads format 2"),
+        ('{"format": 1, "files": {}}', "checkpoint format 1, but this version reads format 2"),
         ('{"format": 2}', "not a checkpoint of format 2"),
         ('{"format": 2, "files": {}}', "damaged"),
     ],
 )
-def test_a_state_that_is_none_is_named(tmp_path: Path, text: str, says: str) -> None:
+def test_a_malformed_state_json_is_reported(tmp_path: Path, text: str, message: str) -> None:
     path = write(tmp_path / "step_00000004") / "state.json"
     path.write_text(text, encoding="latin-1")
-    with pytest.raises(UserError, match=rf"state\.json: {says}"):
+    with pytest.raises(UserError, match=rf"state\.json: {message}"):
         read(path.parent)
 
 
-def test_a_file_that_was_no_safetensors_when_sealed_is_named(tmp_path: Path) -> None:
+def test_a_sealed_file_that_is_not_safetensors_is_reported(tmp_path: Path) -> None:
     partial, folder = tmp_path / "step_00000004.partial", tmp_path / "step_00000004"
     partial.mkdir()
     (partial / "model.safetensors").write_bytes(b"\x80\x04pickled")
@@ -104,13 +104,13 @@ def test_a_file_that_was_no_safetensors_when_sealed_is_named(tmp_path: Path) -> 
         read(folder)
 
 
-def test_missing_folders_are_named(tmp_path: Path) -> None:
+def test_a_missing_folder_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere: no checkpoint here"):
         read(tmp_path / "nowhere")
     assert newest(tmp_path / "nowhere") is None
 
 
-def test_unsealed_parts_are_no_checkpoint(tmp_path: Path) -> None:
+def test_a_partial_folder_is_not_a_checkpoint(tmp_path: Path) -> None:
     write(tmp_path / "step_00000002")
     write_tensors(tmp_path / "step_00000004.partial", "model", {"a": torch.ones(2)})
     found = newest(tmp_path)
@@ -119,8 +119,8 @@ def test_unsealed_parts_are_no_checkpoint(tmp_path: Path) -> None:
         read(tmp_path / "step_00000004.partial")
 
 
-def test_killed_while_sealing_the_old_one_stands(tmp_path: Path, start: Start) -> None:
-    """The worst moment: all files are there, state.json too, the rename is not done."""
+def test_killing_a_save_keeps_the_previous_checkpoint(tmp_path: Path, start: Start) -> None:
+    """Kill the process after all files including state.json are written, before the rename."""
     write(tmp_path / "step_00000002")
     partial = tmp_path / "step_00000004.partial"
     write_tensors(partial, "model", {"a": torch.ones(2)})
@@ -135,7 +135,7 @@ def test_killed_while_sealing_the_old_one_stands(tmp_path: Path, start: Start) -
     assert found is not None and found.folder.name == "step_00000002"
 
 
-def test_damaged_checkpoints_are_passed_over_and_logged(
+def test_damaged_checkpoints_are_skipped_and_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for step in (2, 4, 6, 10):
@@ -148,15 +148,15 @@ def test_damaged_checkpoints_are_passed_over_and_logged(
     assert [("0010" in m, "0006" in m) for m in caplog.messages] == [(True, False), (False, True)]
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(tmp_path: Path) -> None:
+def test_newest_raises_if_all_checkpoints_are_damaged(tmp_path: Path) -> None:
     for step in (2, 4):
         (write(tmp_path / f"step_{step:08d}") / "config.yaml").unlink()
     with pytest.raises(UserError, match=r"step_00000004/config\.yaml: missing"):
         newest(tmp_path)
 
 
-def test_prune_keeps_what_was_just_written(tmp_path: Path) -> None:
-    """A run that has passed over a damaged step 8 and goes on from 4 has written 6."""
+def test_prune_keeps_the_checkpoint_just_written(tmp_path: Path) -> None:
+    """The run skipped a damaged step 8, resumed from step 4 and wrote step 6."""
     for step in (2, 4, 6, 8):
         write(tmp_path / f"step_{step:08d}")
     write_tensors(tmp_path / "step_00000007.partial", "model", {"a": torch.ones(2)})
@@ -166,7 +166,7 @@ def test_prune_keeps_what_was_just_written(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000006"]
 
 
-def test_writing_a_step_again_replaces_it(tmp_path: Path) -> None:
+def test_writing_a_checkpoint_again_replaces_it(tmp_path: Path) -> None:
     folder = write(tmp_path / "step_00000004", 1.0)
     (folder / "stray.safetensors").write_text("")
     write(folder, 2.0)
@@ -174,11 +174,11 @@ def test_writing_a_step_again_replaces_it(tmp_path: Path) -> None:
     assert not (folder / "stray.safetensors").exists()
 
 
-def test_views_and_graphs_are_written_by_value(tmp_path: Path) -> None:
+def test_tensor_views_and_tensors_with_grad_are_written_by_value(tmp_path: Path) -> None:
     base = torch.arange(6.0).view(2, 3)
-    grown = (base.requires_grad_() * 2).T
-    write_tensors(tmp_path / "p", "model", {"view": base[:, 1:], "grown": grown})
+    with_grad = (base.requires_grad_() * 2).T
+    write_tensors(tmp_path / "p", "model", {"view": base[:, 1:], "with_grad": with_grad})
     seal(tmp_path / "p", tmp_path / "step_00000001", {}, {})
     tensors = read(tmp_path / "step_00000001").tensors("model")
     assert tensors["view"].tolist() == [[1, 2], [4, 5]]
-    assert tensors["grown"].tolist() == [[0, 6], [2, 8], [4, 10]]
+    assert tensors["with_grad"].tolist() == [[0, 6], [2, 8], [4, 10]]

@@ -1,4 +1,4 @@
-"""Places in an object store, on a server that speaks S3: what is worked on is a copy, and whole."""
+"""Object-store tests against a local S3 server: URIs, cached copies, and whole runs in a store."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
-    ASKED,
+    EVALUATED,
     STORE_KEYS,
     TRAINED,
     assert_close,
@@ -38,10 +38,10 @@ from hybrid.context import LocalContext
 from hybrid.dataset import Dataset, prepare
 from hybrid.errors import UserError
 from hybrid.evaluate.run import _compare_to
-from hybrid.launch import pretrain as watched
+from hybrid.launch import pretrain as pretrain_with_progress
 from hybrid.prompt_cache import PromptCacher, plan
 from hybrid.train import initial_checkpoint, joint, pretrain, progress
-from hybrid.train.state import fresh
+from hybrid.train.state import create_state
 
 JOBS = Path(__file__).parents[1] / "jobs"
 CPU = LocalContext(torch.device("cpu"))
@@ -50,7 +50,7 @@ STEP = "runs/run/checkpoints/step_{:08d}"
 
 @pytest.fixture
 def root(bucket: Callable[[], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A new place in the store; copies of it are in tmp_path/cache."""
+    """URI of an empty folder in the store; its cached copies are in tmp_path/cache."""
     for name, value in STORE_KEYS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("ARC_HYBRID_CACHE", str(tmp_path / "cache"))
@@ -58,18 +58,18 @@ def root(bucket: Callable[[], str], tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """elsewhere(): from here on this is another machine, with an empty cache."""
+def new_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """new_machine(): switch to an empty cache, as on another machine."""
     numbers = count()
 
-    def move() -> None:
+    def switch() -> None:
         monkeypatch.setenv("ARC_HYBRID_CACHE", str(tmp_path / f"cache{next(numbers)}"))
 
-    return move
+    return switch
 
 
 def config_in(root: str, tasks: Path, make: Callable[..., Config], **sections: Any) -> Config:
-    """Of helpers, with everything but the tasks under `root`."""
+    """Return `make(tasks, ...)` with everything but the tasks under `root`."""
     sections["paths"] = {"root": root} | sections.get("paths", {})
     sections["cluster"] = {"num_workers": 0}
     return make(tasks, **sections)
@@ -78,7 +78,7 @@ def config_in(root: str, tasks: Path, make: Callable[..., Config], **sections: A
 @pytest.fixture
 def tasks(tmp_path: Path, arc1: dict[str, Task]) -> Path:
     write_tasks(tmp_path / "training", [arc1[task] for task in TRAINED])
-    write_tasks(tmp_path / "evaluation", [arc1[task] for task in ASKED])
+    write_tasks(tmp_path / "evaluation", [arc1[task] for task in EVALUATED])
     return tmp_path
 
 
@@ -91,71 +91,73 @@ def run(name: str, config: Path, cache: Path, *overrides: str) -> subprocess.Com
 
 
 def on_one_core() -> None:
-    """A job computes with as many threads as it has cores, and threads wait for each other."""
+    """Pin the job to one core, because it starts one compute thread per core."""
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})
 
 
-def ok(done: subprocess.CompletedProcess[str]) -> str:
+def stdout_of(done: subprocess.CompletedProcess[str]) -> str:
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.mark.parametrize(
-    "place",
+    "location",
     ["s3://b/arc?region=eu-west-1&scheme=http", "gs://b", "s3://b/a%20b/c d?x=1", "/data/arc"],
 )
-def test_a_folder_and_its_place_are_each_other_s_reverse(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_uri_is_the_inverse_of_folder(
+    location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ARC_HYBRID_CACHE", str(tmp_path))
-    assert storage.uri(storage.folder(place)) == place
-    inside = storage.folder(place) / "runs" / "a b" / "x.json"
-    assert storage.uri(inside) == storage.join(place, "runs", "a b", "x.json")
+    assert storage.uri(storage.folder(location)) == location
+    inside = storage.folder(location) / "runs" / "a b" / "x.json"
+    assert storage.uri(inside) == storage.join(location, "runs", "a b", "x.json")
     assert storage.folder(storage.uri(inside)) != tmp_path
-    assert storage.is_cached(inside) == storage.is_uri(place)
-    # A place inside a place has a copy of its own, under the same cache.
+    assert storage.is_cached(inside) == storage.is_uri(location)
+    # A location inside another has its own copy in the same cache.
     assert storage.uri(storage.folder(storage.uri(inside))) == storage.uri(inside)
 
 
-def test_what_was_published_is_obtained_elsewhere(root: str, elsewhere: Callable[[], None]) -> None:
+def test_uploaded_files_can_be_downloaded_on_another_machine(
+    root: str, new_machine: Callable[[], None]
+) -> None:
     sent = storage.folder(root) / "a" / "b.bin"
     sent.parent.mkdir(parents=True)
     sent.write_bytes(bytes(range(256)) * 1000)
     storage.upload(sent)
     other = storage.folder(root) / "a" / "renamed.bin"
     storage.upload(other, sent)
-    elsewhere()
+    new_machine()
     for name in ("b.bin", "renamed.bin"):
-        got = storage.folder(root) / "a" / name
-        assert not got.exists()
-        storage.download(got)
-        assert got.read_bytes() == bytes(range(256)) * 1000
-    assert os.listdir(got.parent) == ["b.bin", "renamed.bin"] or len(os.listdir(got.parent)) == 2
+        received = storage.folder(root) / "a" / name
+        assert not received.exists()
+        storage.download(received)
+        assert received.read_bytes() == bytes(range(256)) * 1000
+    assert sorted(os.listdir(received.parent)) == ["b.bin", "renamed.bin"]
     assert storage.names(storage.folder(root) / "a") == ["b.bin", "renamed.bin"]
     assert storage.exists(storage.folder(root) / "a")
     assert not storage.exists(storage.folder(root) / "nothing")
     assert storage.names(storage.folder(root) / "nothing") == []
 
 
-def test_names_that_a_uri_cannot_hold_are_quoted_in_it(
-    root: str, elsewhere: Callable[[], None]
+def test_special_characters_in_names_are_quoted_in_the_uri(
+    root: str, new_machine: Callable[[], None]
 ) -> None:
-    """The place of a run called `my run?` is handed to other nodes as a URI."""
+    """The path of a run named `my run?` is passed to other nodes as a URI."""
     sent = storage.folder(root) / "my run? #1" / "50%41 é.yaml"
     sent.parent.mkdir(parents=True)
     sent.write_text("logging: {run: x}")
     storage.upload(sent)
-    place, holder = storage.uri(sent), storage.uri(sent.parent)
-    elsewhere()
-    assert place.startswith("s3://")
-    assert storage.read(storage.folder(place)) == b"logging: {run: x}"
-    assert storage.names(storage.folder(holder)) == ["50%41 é.yaml"]
-    assert load(place).logging.run == "x"
+    uri, parent = storage.uri(sent), storage.uri(sent.parent)
+    new_machine()
+    assert uri.startswith("s3://")
+    assert storage.read(storage.folder(uri)) == b"logging: {run: x}"
+    assert storage.names(storage.folder(parent)) == ["50%41 é.yaml"]
+    assert load(uri).logging.run == "x"
 
 
-def test_the_newest_evaluation_in_a_store_is_not_the_one_that_was_fetched_last(
-    root: str, tasks: Path, elsewhere: Callable[[], None]
+def test_the_newest_evaluation_is_by_time_of_upload_not_of_download(
+    root: str, tasks: Path, new_machine: Callable[[], None]
 ) -> None:
     config = config_in(root, tasks, config_of)
     for name in ("b", "a", "c"):
@@ -163,18 +165,18 @@ def test_the_newest_evaluation_in_a_store_is_not_the_one_that_was_fetched_last(
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps({"title": name, "protocol": {"evaluated": 3 - (name == "c")}}))
         storage.upload(path)
-        time.sleep(1.1)  # the store knows seconds
-    elsewhere()
+        time.sleep(1.1)  # the store's times have a resolution of one second
+    new_machine()
     assert _compare_to(config, "other", {"evaluated": 3})["title"] == "a"
 
 
-def test_a_config_that_is_not_in_the_store_is_named(root: str) -> None:
+def test_a_config_missing_from_the_store_is_reported_by_uri(root: str) -> None:
     with pytest.raises(UserError, match=r"^s3://.*/none\.yaml\?.*: no such config file$"):
         load(storage.join(root, "none.yaml"))
 
 
-def test_an_obtained_file_is_the_store_s_not_the_copy_s(root: str) -> None:
-    """Also where the store has none: a stale copy would be taken for what is there."""
+def test_download_replaces_or_deletes_a_stale_copy(root: str) -> None:
+    """Without the deletion, a stale copy would be mistaken for a file in the store."""
     path = storage.folder(root) / "x"
     path.parent.mkdir(parents=True)
     path.write_text("one")
@@ -188,7 +190,7 @@ def test_an_obtained_file_is_the_store_s_not_the_copy_s(root: str) -> None:
     assert not stale.exists()
 
 
-def test_what_is_removed_is_gone_here_and_there(root: str) -> None:
+def test_remove_deletes_the_copy_and_the_original(root: str) -> None:
     folder = storage.folder(root) / "runs"
     for name in ("a/x", "a/b/y", "c"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -201,7 +203,7 @@ def test_what_is_removed_is_gone_here_and_there(root: str) -> None:
     assert not storage.exists(folder / "c") and not (folder / "c").exists()
 
 
-def test_of_a_plain_path_nothing_is_obtained_and_nothing_sent(tmp_path: Path) -> None:
+def test_local_paths_are_neither_downloaded_nor_uploaded(tmp_path: Path) -> None:
     path = tmp_path / "x"
     storage.download(path)
     assert not path.exists()
@@ -212,15 +214,15 @@ def test_of_a_plain_path_nothing_is_obtained_and_nothing_sent(tmp_path: Path) ->
     assert storage.filesystem(path) == (None, str(path))
 
 
-@pytest.mark.parametrize("place", ["nosuch://b/arc", "://x", "s3a:/b://x"])
-def test_a_place_of_an_unknown_kind_is_named(place: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("uri", ["nosuch://b/arc", "://x", "s3a:/b://x"])
+def test_an_unsupported_uri_is_reported(uri: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        storage.names(storage.folder(place))
-    assert place in str(caught.value) and "\n" not in str(caught.value)
+        storage.names(storage.folder(uri))
+    assert uri in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.slow
-def test_a_store_that_does_not_answer_is_named_in_one_line(
+def test_an_unreachable_store_is_reported_in_one_line(
     tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in STORE_KEYS.items():
@@ -235,89 +237,92 @@ def test_a_store_that_does_not_answer_is_named_in_one_line(
     assert time.monotonic() - started < 60
 
 
-def test_a_run_moves_from_machine_to_machine_and_is_the_run_that_stayed(
+def test_a_run_moved_between_machines_matches_a_local_run(
     root: str, tasks: Path, tmp_path: Path
 ) -> None:
-    """Every job in a process and with a cache of its own: they share nothing but the store."""
-    here = config_of(tasks, cluster={"num_workers": 0})
-    (tmp_path / "here.yaml").write_text(dump(here))
-    (tmp_path / "there.yaml").write_text(dump(config_in(root, tasks, config_of)))
+    """Each job is a process with its own cache, so jobs share only the store."""
+    local_config = config_of(tasks, cluster={"num_workers": 0})
+    local, remote = tmp_path / "local.yaml", tmp_path / "remote.yaml"
+    local.write_text(dump(local_config))
+    remote.write_text(dump(config_in(root, tasks, config_of)))
     for name in ("prepare", "pretrain", "evaluate"):
-        ok(run(name, tmp_path / "here.yaml", tmp_path / "none"))
-    there = tmp_path / "there.yaml"
-    ok(run("prepare", there, tmp_path / "one"))
-    ok(run("pretrain", there, tmp_path / "two", "training.steps=2"))
-    said = ok(run("pretrain", there, tmp_path / "three"))
-    assert "runs/run/checkpoints/step_00000004?" in said and root.partition("?")[2] in said
-    ok(run("evaluate", there, tmp_path / "four"))
+        stdout_of(run(name, local, tmp_path / "none"))
+    stdout_of(run("prepare", remote, tmp_path / "one"))
+    stdout_of(run("pretrain", remote, tmp_path / "two", "training.steps=2"))
+    output = stdout_of(run("pretrain", remote, tmp_path / "three"))
+    assert "runs/run/checkpoints/step_00000004?" in output and root.partition("?")[2] in output
+    stdout_of(run("evaluate", remote, tmp_path / "four"))
 
     os.environ["ARC_HYBRID_CACHE"] = str(tmp_path / "five")
-    mine = storage.folder(root)
-    # storage.join keeps the options behind the path: paths.runs is a place of its own.
+    # storage.join keeps the options after the path, so paths.runs is cached separately.
     runs = storage.folder(storage.join(root, "runs"))
-    found = newest(runs / "run" / "checkpoints")
-    assert found is not None and found.state["step"] == 4
-    assert_close(here.run_folder / "checkpoints" / "step_00000004", found.folder, 0, 0)
+    checkpoint = newest(runs / "run" / "checkpoints")
+    assert checkpoint is not None and checkpoint.state["step"] == 4
+    local_checkpoint = local_config.run_folder / "checkpoints" / "step_00000004"
+    assert_close(local_checkpoint, checkpoint.folder, 0, 0)
     storage.download(runs / "run" / "metrics.jsonl")
-    # What ended at step 2 was probed there.
+    # Compare losses only: the run that ended at step 2 also logged train accuracy there.
     losses = [
         [line for line in metrics(folder) if "loss" in line]
-        for folder in (runs / "run", here.run_folder)
+        for folder in (runs / "run", local_config.run_folder)
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 4
-    assert mine != runs
+    assert storage.folder(root) != runs
 
-    local = json.loads(next(here.run_folder.glob("evaluation/*/results.json")).read_text())
+    local_results = json.loads(
+        next(local_config.run_folder.glob("evaluation/*/results.json")).read_text()
+    )
     [name] = storage.names(runs / "run" / "evaluation")
     stored = runs / "run" / "evaluation" / name
     for path in ("results.json", "report.html", "submission.json"):
         storage.download(stored / path)
-    for task in ASKED:
+    for task in EVALUATED:
         storage.download(stored / "predictions" / f"{task}.json")
-    [compare_to] = here.run_folder.glob("evaluation/*")
-    assert predictions(stored) == predictions(compare_to) and len(predictions(stored)) == len(ASKED)
-    assert json.loads((stored / "results.json").read_text())["scores"] == local["scores"]
-    assert (stored / "submission.json").read_text() == (compare_to / "submission.json").read_text()
+    [local_folder] = local_config.run_folder.glob("evaluation/*")
+    assert predictions(stored) == predictions(local_folder)
+    assert len(predictions(stored)) == len(EVALUATED)
+    assert json.loads((stored / "results.json").read_text())["scores"] == local_results["scores"]
+    for_kaggle = [folder / "submission.json" for folder in (stored, local_folder)]
+    assert for_kaggle[0].read_text() == for_kaggle[1].read_text()
 
-    first = stored / "predictions" / f"{ASKED[0]}.json"
+    first = stored / "predictions" / f"{EVALUATED[0]}.json"
     storage.remove(first)
-    assert "3 tasks, 2 already answered" in ok(run("evaluate", there, tmp_path / "six"))
-    # Written and not sent, when a process was killed: it is asked again, and sent.
+    assert "3 tasks, 2 already answered" in stdout_of(run("evaluate", remote, tmp_path / "six"))
+    # As if the process was killed before the upload: the task is evaluated and uploaded again.
     store, name = storage.filesystem(first)
     assert store is not None
     store.delete_file(name)
-    assert "3 tasks, 2 already answered" in ok(run("evaluate", there, tmp_path / "six"))
+    assert "3 tasks, 2 already answered" in stdout_of(run("evaluate", remote, tmp_path / "six"))
     assert storage.exists(first)
 
 
 @pytest.fixture
-def begun(root: str, tasks: Path) -> Config:
-    """A run in the store with checkpoints of steps 2 and 4."""
+def trained(root: str, tasks: Path) -> Config:
+    """Config of a run in the store with checkpoints at steps 2 and 4."""
     config = config_in(root, tasks, config_of)
     prepare(config.data, config.data_folder, say=lambda line: None)
     pretrain(config, CPU)
     return config
 
 
-def test_a_run_starts_from_another_in_the_store_by_its_name_or_by_its_place(
-    begun: Config, tasks: Path, elsewhere: Callable[[], None]
+def test_init_from_accepts_the_name_or_the_uri_of_a_run_in_the_store(
+    trained: Config, tasks: Path, new_machine: Callable[[], None]
 ) -> None:
-    """A sweep hands its trials the place: their runs lie in another folder."""
-    place = storage.join(begun.paths.runs, "run", "checkpoints", "step_00000002")
-    wanted = {"run": 4, place: 2}
-    for start, step in wanted.items():
-        elsewhere()
+    """A sweep passes the URI to its trials, because their runs are in another folder."""
+    uri = storage.join(trained.paths.runs, "run", "checkpoints", "step_00000002")
+    for start, step in {"run": 4, uri: 2}.items():
+        new_machine()
         config = config_in(
-            begun.paths.root, tasks, config_of, trm={"init_from": start}, logging={"run": "next"}
+            trained.paths.root, tasks, config_of, trm={"init_from": start}, logging={"run": "next"}
         )
-        found = initial_checkpoint(config)
-        assert found is not None and found.state["step"] == step
-        assert storage.uri(found.folder).endswith(begun.paths.runs.partition("?")[2])
-        average = found.tensors("ema")
-        trm = fresh(config, Dataset.open(config.data_folder), range(2), CPU.device).trm
+        checkpoint = initial_checkpoint(config)
+        assert checkpoint is not None and checkpoint.state["step"] == step
+        assert storage.uri(checkpoint.folder).endswith(trained.paths.runs.partition("?")[2])
+        ema = checkpoint.tensors("ema")
+        trm = create_state(config, Dataset.open(config.data_folder), range(2), CPU.device).trm
         for name, value in trm.state_dict().items():
-            if name in average:
-                assert torch.equal(value, average[name]), name
+            if name in ema:
+                assert torch.equal(value, ema[name]), name
 
 
 def longer(config: Config, tasks: Path) -> Config:
@@ -325,7 +330,7 @@ def longer(config: Config, tasks: Path) -> Config:
 
 
 def damage(config: Config, step: int, name: str, change: Callable[[bytes], bytes | None]) -> None:
-    """Change a file of a checkpoint where it is kept, not in a copy."""
+    """Change a checkpoint file in the store but not its local copy."""
     store, path = storage.filesystem(config.run_folder / "checkpoints" / f"step_{step:08d}" / name)
     assert isinstance(store, fs.S3FileSystem)
     with store.open_input_stream(path) as file:
@@ -339,61 +344,61 @@ def damage(config: Config, step: int, name: str, change: Callable[[bytes], bytes
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("model.safetensors", lambda whole: whole[:-1] + bytes([whole[-1] ^ 1])),
-        ("optimizer.safetensors", lambda whole: None),
-        ("state.json", lambda whole: None),
+        ("model.safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1])),
+        ("optimizer.safetensors", lambda data: None),
+        ("state.json", lambda data: None),
     ],
     ids=["flipped", "missing", "killed before state.json"],
 )
-def test_a_newest_checkpoint_that_is_not_whole_in_the_store_is_passed_over(
-    begun: Config,
+def test_a_damaged_newest_checkpoint_in_the_store_is_skipped(
+    trained: Config,
     tasks: Path,
-    elsewhere: Callable[[], None],
+    new_machine: Callable[[], None],
     caplog: pytest.LogCaptureFixture,
     name: str,
     change: Callable[[bytes], bytes | None],
 ) -> None:
-    damage(begun, 4, name, change)
-    elsewhere()
-    config = longer(begun, tasks)
+    damage(trained, 4, name, change)
+    new_machine()
+    config = longer(trained, tasks)
     with caplog.at_level("WARNING"):
         assert pretrain(config, CPU).step == 6
-    [said] = [line for line in caplog.messages if "passed over" in line]
-    assert "s3://" in said and "step_00000004" in said
+    [warning] = [line for line in caplog.messages if "skipped" in line]
+    assert "s3://" in warning and "step_00000004" in warning
     local = config_of(tasks, training={"steps": 6})
     prepare(local.data, local.data_folder, say=lambda line: None)
     pretrain(local, CPU)
-    elsewhere()
+    new_machine()
     for step in (4, 6):
         stored = read(config.run_folder / "checkpoints" / f"step_{step:08d}")
         assert_close(stored.folder, local.run_folder / "checkpoints" / f"step_{step:08d}", 0, 0)
 
 
-def test_a_run_killed_while_its_first_checkpoint_was_sent_begins_again(
-    begun: Config, elsewhere: Callable[[], None]
+def test_a_run_killed_during_its_first_upload_starts_from_scratch(
+    trained: Config, new_machine: Callable[[], None]
 ) -> None:
-    before = tensors(newest(begun.run_folder / "checkpoints").folder)
+    before = tensors(newest(trained.run_folder / "checkpoints").folder)
     for step in (2, 4):
-        damage(begun, step, "state.json", lambda whole: None)
-    elsewhere()
-    assert newest(begun.run_folder / "checkpoints") is None
-    again = tensors(pretrain(begun, CPU).checkpoint)
+        damage(trained, step, "state.json", lambda data: None)
+    new_machine()
+    assert newest(trained.run_folder / "checkpoints") is None
+    again = tensors(pretrain(trained, CPU).checkpoint)
     assert again.keys() == before.keys()
     assert all(torch.equal(again[name], before[name]) for name in before)
 
 
-def test_damage_in_the_store_is_seen_where_there_is_a_whole_copy_only_by_its_digest(
-    begun: Config,
+def test_an_intact_local_copy_is_used_if_the_store_is_damaged(
+    trained: Config,
 ) -> None:
-    """A copy whose digest is the one that state.json names is as good as the store's."""
-    damage(begun, 4, "model.safetensors", lambda whole: whole[:-1])
-    assert read(begun.run_folder / "checkpoints" / "step_00000004").state["step"] == 4
-    damage(begun, 4, "state.json", lambda whole: None)
+    """A copy that matches the digest in state.json is not downloaded again."""
+    damage(trained, 4, "model.safetensors", lambda data: data[:-1])
+    assert read(trained.run_folder / "checkpoints" / "step_00000004").state["step"] == 4
+    damage(trained, 4, "state.json", lambda data: None)
     with pytest.raises(UserError, match="no checkpoint here"):
-        read(begun.run_folder / "checkpoints" / "step_00000004")
+        read(trained.run_folder / "checkpoints" / "step_00000004")
 
 
-def test_state_json_reaches_the_store_last(
+def test_state_json_is_uploaded_last(
     root: str, tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_in(root, tasks, config_of, training={"steps": 2})
@@ -420,18 +425,18 @@ def test_old_checkpoints_are_pruned_in_the_store(root: str, tasks: Path) -> None
     assert storage.names(config.run_folder / "checkpoints") == ["step_00000003", "step_00000004"]
 
 
-def train_on_a_machine_of_its_own(cache: str, *args: Any) -> None:
-    # The server that forks was started before this module's environment was set.
+def train_with_own_cache(cache: str, *args: Any) -> None:
+    # The fork server was started before this test set the environment.
     os.environ.update(STORE_KEYS, ARC_HYBRID_CACHE=cache)
     train_as_rank(*args)
 
 
-def test_two_machines_that_share_only_the_store_write_one_checkpoint(
+def test_two_machines_that_share_only_the_store_write_a_joint_checkpoint(
     root: str,
     tasks: Path,
     tmp_path: Path,
     start: Callable[..., BaseProcess],
-    elsewhere: Callable[[], None],
+    new_machine: Callable[[], None],
 ) -> None:
     config = config_in(root, tasks, config_of)
     prepare(config.data, config.data_folder, say=lambda line: None)
@@ -439,12 +444,12 @@ def test_two_machines_that_share_only_the_store_write_one_checkpoint(
         part = config_in(root, tasks, config_of, training={"steps": steps})
         ranks = [
             start(
-                train_on_a_machine_of_its_own,
+                train_with_own_cache,
                 str(tmp_path / f"machine{rank}"),
                 pretrain,
                 rank,
                 2,
-                tmp_path / f"meet{steps}",
+                tmp_path / f"rendezvous{steps}",
                 part,
             )
             for rank in range(2)
@@ -452,48 +457,48 @@ def test_two_machines_that_share_only_the_store_write_one_checkpoint(
         for process in ranks:
             process.join(100)
         assert [process.exitcode for process in ranks] == [0, 0]
-    elsewhere()
-    whole = newest(config.run_folder / "checkpoints")
-    assert whole is not None and whole.state["step"] == 4 and whole.state["world_size"] == 2
-    assert [path.stem for path in whole.files("slots_")] == [
+    new_machine()
+    checkpoint = newest(config.run_folder / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.state["step"] == 4 and checkpoint.state["world_size"] == 2
+    assert [path.stem for path in checkpoint.files("slots_")] == [
         "slots_000000_000003",
         "slots_000003_000006",
     ]
     local = config_of(tasks)
     prepare(local.data, local.data_folder, say=lambda line: None)
     pretrain(local, CPU)
-    assert_close(whole.folder, local.run_folder / "checkpoints" / "step_00000004")
-    more = longer(config, tasks)
-    assert pretrain(more, CPU).step == 6
+    assert_close(checkpoint.folder, local.run_folder / "checkpoints" / "step_00000004")
+    assert pretrain(longer(config, tasks), CPU).step == 6
 
 
-def test_encodings_are_shared_through_the_store(
-    root: str, tasks: Path, elsewhere: Callable[[], None]
+def test_the_prompt_cache_is_shared_through_the_store(
+    root: str, tasks: Path, new_machine: Callable[[], None]
 ) -> None:
     llama = {"llama": {"prompt_cache": True}}
     config = config_in(root, tasks, hybrid_of, **llama)
     prepare(config.data, config.data_folder, say=lambda line: None)
     problems = plan(config)[:12]
     assert PromptCacher(config, CPU.device).add(problems) > 0
-    elsewhere()
+    new_machine()
     assert PromptCacher(config, CPU.device).add(problems) == 0
     stored = joint(config, CPU).checkpoint
     local = hybrid_of(tasks)
     prepare(local.data, local.data_folder, say=lambda line: None)
-    # Other problems were beside them in their batch: the same to rounding.
+    # The prompts were batched with others, so the results agree only up to rounding.
     assert_close(stored, joint(local, CPU).checkpoint)
 
 
-def test_the_metrics_of_a_run_in_a_store_survive_being_watched(
-    root: str, tasks: Path, elsewhere: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+def test_showing_progress_does_not_corrupt_metrics_in_the_store(
+    root: str, tasks: Path, new_machine: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever shows progress brings the file up to date that the run is writing to."""
+    """The progress display downloads the file that the run is writing."""
     monkeypatch.setattr(progress, "PLAIN_EVERY_S", 0.05)
     monkeypatch.setattr(progress._Lines, "every", 0.05)
     training = {"steps": 60, "save_every": 20, "train_accuracy_pairs": 0}
     config = config_in(root, tasks, config_of, training=training)
     prepare(config.data, config.data_folder, say=lambda line: None)
-    watched(config)
-    elsewhere()
+    pretrain_with_progress(config)
+    new_machine()
     storage.download(config.run_folder / "metrics.jsonl")
     assert [m["step"] for m in metrics(config.run_folder)] == list(range(1, 61))

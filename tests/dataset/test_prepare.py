@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ASKED, TRAINED, StuckAt, poison, write_tasks
+from helpers import EVALUATED, TRAINED, StuckAt, poison, write_tasks
 
 from hybrid.arc import Task
 from hybrid.config import Config
@@ -48,7 +48,7 @@ def test_the_same_config_gives_the_same_bytes_and_another_seed_other_variants(
     prepare(replace(data, seed=1), tmp_path / "c", quiet)
     a, c = Dataset.open(tmp_path / "a"), Dataset.open(tmp_path / "c")
     assert a.fingerprint != c.fingerprint
-    for task in TRAINED + ASKED:
+    for task in TRAINED + EVALUATED:
         assert variants_of(a, task)[0] == variants_of(c, task)[0] == task
         assert variants_of(a, task) != variants_of(c, task)
 
@@ -62,7 +62,7 @@ def test_adding_a_task_does_not_change_the_variants_of_others(
     prepare(data, tmp_path / "after", quiet)
     before, after = (Dataset.open(tmp_path / name) for name in ("before", "after"))
     assert after.tasks[0].id == "0d3d703e", "the new task should come first"
-    for task in TRAINED + ASKED:
+    for task in TRAINED + EVALUATED:
         assert variants_of(before, task) == variants_of(after, task)
 
 
@@ -85,7 +85,7 @@ def test_the_original_is_the_first_variant_and_identifiers_include_the_blank(
     meta = prepare(configure().data, tmp_path / "d", quiet)
     dataset = Dataset.open(tmp_path / "d")
     assert dataset.num_identifiers == meta["counts"]["variants"] + 1 == 6 * 6 + 1
-    assert [task.id for task in dataset.tasks] == sorted(TRAINED) + sorted(ASKED)
+    assert [task.id for task in dataset.tasks] == sorted(TRAINED) + sorted(EVALUATED)
     for number, task in enumerate(dataset.tasks):
         first, stop = dataset.first_variant[number : number + 2]
         assert dataset.augmentation(first).name == task.id
@@ -100,7 +100,7 @@ def test_tasks_round_trip_through_the_dataset(
     prepare(configure().data, tmp_path / "d", quiet)
     dataset = Dataset.open(tmp_path / "d", answers=True)
     assert list(dataset.tasks) == [arc1[task.id] for task in dataset.tasks]
-    assert [dataset.tasks[t].id for t in dataset.evaluated] == sorted(ASKED)
+    assert [dataset.tasks[t].id for t in dataset.evaluated] == sorted(EVALUATED)
 
 
 def test_answers_are_not_loaded_by_default(configure: Configure, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_answers_do_not_affect_what_a_model_sees(
     """Replace every answer by garbage, some larger than the canvas, and compare the datasets."""
     data = configure().data
     prepare(data, tmp_path / "clean", quiet)
-    garbage = [poison(arc1[task]) for task in ASKED]
+    garbage = [poison(arc1[task]) for task in EVALUATED]
     assert max(task.max_side for task in garbage) > data.max_side
     write_tasks(tmp_path / "evaluation", garbage)
     prepare(data, tmp_path / "poisoned", quiet)
@@ -166,7 +166,10 @@ def test_too_large_tasks_are_counted_and_answers_do_not_matter(
     lines: list[str] = []
     write_tasks(tmp_path / "evaluation", [arc1["be03b35f"], poison(arc1["25ff71a9"])])
     meta = prepare(configure(data={"max_side": 3}).data, tmp_path / "d", lines.append)
-    assert [task.id for task in Dataset.open(tmp_path / "d").tasks] == ["74dd1130", *sorted(ASKED)]
+    assert [task.id for task in Dataset.open(tmp_path / "d").tasks] == [
+        "74dd1130",
+        *sorted(EVALUATED),
+    ]
     assert meta["excluded"] == {"too_large": 3, "leaking": []}
     assert meta["evaluation"] == {"evaluated": 3, "of": 4}
     assert "3 of 7 tasks excluded: larger than data.max_side=3" in lines

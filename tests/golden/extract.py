@@ -1,15 +1,15 @@
-"""Cut the golden files of the TRM room to what its tests read, float32 kept exact.
+"""Reduce the reference recordings of the TRM to the golden files that its tests read.
 
     PYTHONPATH=. python tests/golden/extract.py FOLDER
 
-A, A_bf16, B  ACT steps 0 and 3 of 4: loss, metrics, halt logits and logits of all four rows; of
-              rows 2 and 3 the carries that go into step 3 and come out of it.
-C             all that a step of the trajectory is checked by; of the averaged weights every 4th.
+A, A_bf16, B  ACT steps 0 and 3 of 4: loss, metrics, halt logits and logits of all four rows; the
+              carries before and after step 3 of rows 2 and 3.
+C             everything the trajectory test compares per step; every 4th EMA weight.
 F             logits, labels, loss and gradient; for "normal" also from bfloat16 logits.
 
-Weights are not copied: the reference drew them (truncated normal, float32) from a seeded Mersenne
-twister, so a file holds the seed and, per weight, the distance in ulps from a float64 draw;
-benchmarks/golden.py reads it.
+Float32 values are exact. Weights are not copied: the reference drew them (truncated normal,
+float32) from a seeded Mersenne Twister, so a file contains the seed and, per weight, the distance
+in ulps from a float64 draw; benchmarks/golden.py reads it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 
 
 def pack(state: Mapping[str, np.ndarray], seed: int) -> Arrays:
-    """Matrices as distances in ulps from `draw`, everything else as it is."""
+    """Store matrices as distances in ulps from `draw` and everything else unchanged."""
     stream = np.random.RandomState(seed)
     packed: Arrays = {"seed": np.array(seed)}
     for name, value in state.items():
@@ -35,7 +35,7 @@ def pack(state: Mapping[str, np.ndarray], seed: int) -> Arrays:
             packed[f"raw.{name}"] = value
             continue
         ulps = value.view(np.int32).astype(np.int64) - draw(stream, value.shape).view(np.int32)
-        # The halt head was drawn too, then overwritten: its distances are huge, and still exact.
+        # The halt head was overwritten after its draw: its distances are large but exact.
         packed[f"ulps.{name}"] = ulps.astype(np.int8) if abs(ulps).max() < 128 else ulps
     return packed
 
@@ -72,20 +72,20 @@ def trajectory(file: Mapping[str, np.ndarray], seed: int) -> Arrays:
 
 
 def stablemax(file: Mapping[str, np.ndarray]) -> Arrays:
-    wanted = ("logits", "labels", "loss", "grad_of_sum")
-    kept = {name: file[name] for name in file if name.partition(".")[2] in wanted}
+    names = ("logits", "labels", "loss", "grad_of_sum")
+    kept = {name: file[name] for name in file if name.partition(".")[2] in names}
     return kept | {name: file[name] for name in ("normal.bf16_loss", "normal.bf16_grad")}
 
 
 def main(source: Path) -> None:
     for name in ("A_trm_attn_tiny", "A_trm_attn_tiny_bf16", "B_trm_mlpt_tiny", "C_train_traj_tiny"):
-        about = json.loads((source / f"{name}.json").read_text())
+        metadata = json.loads((source / f"{name}.json").read_text())
         cut = trajectory if name.startswith("C") else forward
-        np.savez_compressed(HERE / name, **cut(np.load(source / f"{name}.npz"), about["seed"]))
+        np.savez_compressed(HERE / name, **cut(np.load(source / f"{name}.npz"), metadata["seed"]))
         short = {
-            key: about[key]
+            key: metadata[key]
             for key in ("what", "config", "hyper", "grad_norm_columns", "versions")
-            if key in about
+            if key in metadata
         }
         (HERE / f"{name}.json").write_text(json.dumps(short, indent=1) + "\n")
     np.savez_compressed(HERE / "F_stablemax", **stablemax(np.load(source / "F_stablemax.npz")))
