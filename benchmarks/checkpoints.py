@@ -24,8 +24,8 @@ from hybrid.checkpoint import newest
 from hybrid.config import Config, load
 from hybrid.context import LocalContext
 from hybrid.dataset import Dataset, prepare
-from hybrid.train.checkpointing import save_checkpoint
-from hybrid.train.state import TrainState, fresh, restore
+from hybrid.train.checkpointing import restore, save_checkpoint
+from hybrid.train.state import TrainState, create_state
 
 CPU = torch.device("cpu")
 CONFIG = Path(__file__).parents[1] / "configs" / "trm_arc1.yaml"
@@ -45,7 +45,7 @@ def compare(root: Path, *keys: str) -> list[dict[str, Any]]:
     config = load(CONFIG, ["data.training=[]", "data.variants=100", *folders, *keys])
     prepare(config.data, config.data_folder, say=lambda line: None)
     dataset = Dataset.open(config.data_folder)
-    state = fresh(config, dataset, range(16), CPU)
+    state = create_state(config, dataset, range(16), CPU)
     return _compare(config, dataset, state, root)
 
 

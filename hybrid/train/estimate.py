@@ -1,4 +1,4 @@
-"""Length, parameters and memory of a training run, before it is run."""
+"""Estimate of steps, parameters and memory of a training run, for --dry-run."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from hybrid.trm import TRM, TRMConfig
 
 GiB = 2**30
 GPUS = (80, 24)
-"""GiB of the GPUs that a batch is fitted to."""
+"""GPU memory sizes in GiB for which micro-batches are suggested."""
 USABLE = 0.9
-"""Part of a GPU's memory that tensors may fill: CUDA, libraries and fragmentation take the rest."""
+"""Fraction of GPU memory for tensors; CUDA, libraries and fragmentation take the rest."""
 
 
 def estimate(config: Config, kind: str) -> str:
-    """Steps, parameters and memory of a worker that trains a `kind`, trm or hybrid, as lines.
+    """Return lines on steps, parameters and memory of a worker; `kind` is 'trm' or 'hybrid'.
 
     Before the dataset is prepared, steps are unknown and the puzzle table is an estimate.
     """
@@ -40,7 +40,7 @@ def estimate(config: Config, kind: str) -> str:
         lines += [
             f"dataset: {dataset.folder}, {dataset.meta['counts']}",
             f"steps: {total_steps(config, len(stream))} of {config.training.batch_size} rows"
-            f" ({len(stream)} rows an epoch)",
+            f" ({len(stream)} rows per epoch)",
         ]
     trm = replace(
         config.trm.model, seq_len=config.data.max_side**2, num_puzzle_identifiers=identifiers or 1
@@ -62,7 +62,7 @@ def estimate(config: Config, kind: str) -> str:
     if worker.hybrid and config.adapter.inject != "none":
         shape = _llama_shape(config)
         if shape is None:
-            lines.append(f"memory: {config.llama.model} is not on this machine, its size not known")
+            lines.append(f"memory: unknown, {config.llama.model} is not on this machine")
             return "\n".join(lines)
         worker = replace(worker, shape=shape, adapters=_adapter_parameters(config, trm, shape))
         lines.append(
@@ -72,7 +72,7 @@ def estimate(config: Config, kind: str) -> str:
 
 
 def largest_micro_batch(worker: Worker, gibibytes: float) -> int:
-    """The most rows at a time, of all of them halved again and again, that fit a GPU; 0 if none."""
+    """Return the largest micro-batch that fits a GPU, halving the rows until one does; 0 if none."""
     micro = worker.rows
     while sum(replace(worker, micro=micro).parts().values()) > USABLE * gibibytes * GiB:
         if micro == 1:
@@ -83,12 +83,12 @@ def largest_micro_batch(worker: Worker, gibibytes: float) -> int:
 
 def _memory(worker: Worker) -> list[str]:
     parts = worker.parts()
-    said = ", ".join(f"{name} {size / GiB:.2f}" for name, size in parts.items())
+    sizes = ", ".join(f"{name} {size / GiB:.2f}" for name, size in parts.items())
     total = sum(parts.values()) / GiB
-    at_once = "" if worker.micro == worker.rows else f" with {worker.micro} rows at a time"
-    lines = [f"memory of a worker: about {total:.2f} GiB{at_once} ({said})"]
+    micro = "" if worker.micro == worker.rows else f" with micro-batches of {worker.micro} rows"
+    lines = [f"memory of a worker: about {total:.2f} GiB{micro} ({sizes})"]
     if worker.config.cluster.use_gpu:
-        fits = "; ".join(f"{size} GiB hold {_fit(worker, size)}" for size in GPUS)
+        fits = "; ".join(f"{size} GiB fit {_fit(worker, size)}" for size in GPUS)
         lines.append(f"training.micro_batch_size: {fits}")
     return lines
 
@@ -97,11 +97,11 @@ def _fit(worker: Worker, gibibytes: int) -> str:
     micro = largest_micro_batch(worker, gibibytes)
     if micro == worker.rows:
         return f"all {micro} rows"
-    return f"{micro} of {worker.rows} rows" if micro else "no row"
+    return f"{micro} of {worker.rows} rows" if micro else "none"
 
 
 def _expected_identifiers(config: Config) -> int:
-    """Rows of the puzzle table if no task is left out; 0 if a source cannot be read."""
+    """Return the rows of the puzzle table without excluded tasks; 0 if a source is unreadable."""
     try:
         sources = (*config.data.training, *config.data.evaluation)
         tasks = sum(len(load_tasks(source)) for source in sources)
@@ -112,26 +112,27 @@ def _expected_identifiers(config: Config) -> int:
 
 def _trm_parameters(trm: TRMConfig) -> int:
     with torch.device("meta"):
-        # init_weights draws on the CPU; sizes are all that is needed here.
-        model = _SizesOnly(replace(trm, num_puzzle_identifiers=1))
+        model = _WithoutWeights(replace(trm, num_puzzle_identifiers=1))
     return sum(p.numel() for p in model.parameters())
 
 
 def _adapter_parameters(config: Config, trm: TRMConfig, shape: Shape) -> int:
     adapter, D, H = config.adapter, trm.hidden_size, shape.hidden_size
     states = len(STATES[adapter.inject])
-    inside = 2 * (adapter.layers - 2) * (adapter.hidden + 1) * adapter.hidden
+    hidden_layers = 2 * (adapter.layers - 2) * (adapter.hidden + 1) * adapter.hidden
     to_latent = (H + 1 + states * D) * adapter.hidden + states * D * (1 + trm.positions)
     to_text = (D + 1 + H) * adapter.hidden + H + adapter.prefix_tokens * D
-    return inside + to_latent + to_text
+    return hidden_layers + to_latent + to_text
 
 
 def _llama_shape(config: Config) -> Shape | None:
-    from hybrid.llm.load import shape  # transformers takes a second to import
+    from hybrid.llm.load import shape  # importing transformers takes a second
 
     return shape(config.llama)
 
 
-class _SizesOnly(TRM):
+class _WithoutWeights(TRM):
+    """A TRM without initial weights, which would be drawn on the CPU."""
+
     def init_weights(self, seed: int) -> None:
         pass

@@ -1,6 +1,6 @@
-"""The loop that all training has in common: order, resuming, metrics, checkpoints.
+"""The training loop shared by TRM and hybrid: resuming, steps, metrics and checkpoints.
 
-What differs between training the TRM and training the hybrid is a `TrainModule`.
+A `TrainModule` provides the parts in which the two differ.
 """
 
 from __future__ import annotations
@@ -9,26 +9,18 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
-from hybrid import storage
 from hybrid.checkpoint import Checkpoint, newest, read
 from hybrid.config import Config
 from hybrid.context import RunContext, Signal, worker_slots
 from hybrid.dataset import Dataset
 from hybrid.errors import CollectiveUserError, UserError
 from hybrid.evaluate import Validation
-from hybrid.train.checkpointing import save_checkpoint, step_folder
+from hybrid.train.checkpointing import restore, save_checkpoint, step_folder
 from hybrid.train.loader import SlotLoader
 from hybrid.train.metrics import MetricsAggregator, train_accuracies
-from hybrid.train.module import MakeTrainModule, TrainModule
-from hybrid.train.preflight import (
-    check_same_llm,
-    check_unchanged,
-    total_steps,
-    training_stream,
-)
-from hybrid.train.state import CHECKPOINTS, restore
+from hybrid.train.module import MakeTrainModule
+from hybrid.train.preflight import check_same_llm, check_unchanged, total_steps, training_stream
+from hybrid.train.state import CHECKPOINTS
 from hybrid.train.stop import StopFile
 from hybrid.train.tracking import RunTracker
 from hybrid.train.update import Diverged, Sums
@@ -38,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """How a run ended."""
+    """Outcome of a training run."""
 
     step: int
     checkpoint: Path
@@ -46,106 +38,131 @@ class Result:
     """Exact accuracy on training pairs before the first step; None if it was not measured."""
     trained: float | None
     validation: Validation | None = None
-    """On held-out tasks, where the dataset has some."""
+    """Scores on held-out tasks; None if the dataset has none."""
     stopped: bool = False
-    """Before its last step, because it was asked to."""
+    """True if the run stopped on request before its last step."""
 
 
 def train(config: Config, context: RunContext, make: MakeTrainModule) -> Result:
-    """Train to the end, from the newest checkpoint of the run folder where there is one."""
-    dataset = Dataset.open(config.data_folder)
-    stream = training_stream(config, dataset)
-    total = total_steps(config, len(stream))
-    slots = worker_slots(config.training.batch_size, context.rank, context.world_size)
-    folder = config.run_folder / CHECKPOINTS
-    resumed = _newest_for_all(folder, context)
-    # What a run began with may be gone by the time it is resumed.
-    start = replace(config.trm, init_from=None) if resumed else config.trm
-    module = make(replace(config, trm=start), dataset, context, slots)
-    state = module.state
-    stop_file = StopFile(config.run_folder)
-    asked = Signal.NONE
-    validating = context.rank == 0 and dataset.meta["config"]["hold_out_tasks"] > 0
-
-    def regular(step: int) -> bool:
-        """Whether a checkpoint was due anyway; one that was asked for is not judged."""
-        return step == total or step % config.training.save_every == 0
-
-    if resumed:
-        check_unchanged(config, dataset, resumed, module.kind, module.sections)
-        check_same_llm(config, resumed, module.describe())
-        restore(state, resumed)
-    first = int(state.rows_consumed.min())
-    rounds = context.rounds(stream, slots, config.training.batch_size, first)
-    feed = SlotLoader(rounds, first, state.rows_consumed, state.carry.current["side"])
-    resumed_at = state.step if resumed else None
+    """Train to the last step, resuming from the newest checkpoint of the run folder if any."""
+    run = _Run(config, context, make)
+    module, state = run.module, run.state
+    resumed_at = state.step if run.resumed else None
     with RunTracker(
         config, project=module.project, rank=context.rank, resumed_at=resumed_at
-    ) as run:
-        log.info("step %d of %d, %s", state.step, total, resumed.folder if resumed else "fresh")
+    ) as tracker:
+        origin = f"resumed from {run.resumed.folder}" if run.resumed else "new run"
+        log.info("step %d of %d, %s", state.step, run.total_steps, origin)
         if state.step == 0:
-            module.start()
-        metrics = MetricsAggregator(module, stream, config, context, run)
+            module.setup()
+        metrics = MetricsAggregator(module, run.stream, config, context, tracker)
         if state.step == 0:
             metrics.measure_train_accuracy()
-        elif validating and regular(state.step) and state.step not in metrics.validated():
-            metrics.validate(step_folder(folder, state.step))  # killed in the middle of it
-        while state.step < total and asked is not Signal.STOP:
-            sums = _step(module, feed, total, folder)
-            mine = max(context.signal(), stop_file.signal() if context.rank == 0 else Signal.NONE)
-            asked = context.agree(mine)
-            saving = regular(state.step) or asked is not Signal.NONE
-            # What is not written yet would be lost to a run that resumes here.
-            metrics.add(sums, feed.waited, saving)
-            if state.step == total:
-                metrics.measure_train_accuracy()
-            if saving:
-                run.upload()  # or what was measured since the last time might be lost
-                described = {"kind": module.kind, **module.describe()}
-                save_checkpoint(state, described, dataset, config, context, folder)
-                if regular(state.step) and validating:
-                    metrics.validate(step_folder(folder, state.step))
-                run.upload()
-                context.report(
-                    {"step": state.step, **metrics.latest}, step_folder(folder, state.step)
-                )
-    probes = train_accuracies(config.run_folder) if context.rank == 0 else {}
+        elif run.must_validate() and state.step not in metrics.validated():
+            metrics.validate(run.checkpoint)  # the run was killed before it had validated
+        run.take_steps(metrics, tracker)
+    accuracies = train_accuracies(config.run_folder) if context.rank == 0 else {}
     validations = metrics.validated() if context.rank == 0 else {}
     return Result(
         step=state.step,
-        checkpoint=step_folder(folder, state.step),
-        untrained=probes.get(0),
-        trained=probes.get(state.step),
+        checkpoint=run.checkpoint,
+        untrained=accuracies.get(0),
+        trained=accuracies.get(state.step),
         validation=validations.get(state.step),
-        stopped=state.step < total,
+        stopped=state.step < run.total_steps,
     )
 
 
+class _Run:
+    """A training run: its module, rows and checkpoints."""
+
+    def __init__(self, config: Config, context: RunContext, make: MakeTrainModule) -> None:
+        """Build module and loader; restore the newest checkpoint of the run, if any."""
+        self.config, self.context = config, context
+        self.dataset = Dataset.open(config.data_folder)
+        self.stream = training_stream(config, self.dataset)
+        self.total_steps = total_steps(config, len(self.stream))
+        slots = worker_slots(config.training.batch_size, context.rank, context.world_size)
+        self.folder = config.run_folder / CHECKPOINTS
+        self.resumed = _newest_for_all(self.folder, context)
+        # A resumed run needs no initial checkpoint, which may have been deleted.
+        trm = replace(config.trm, init_from=None) if self.resumed else config.trm
+        self.module = make(replace(config, trm=trm), self.dataset, context, slots)
+        self.state = self.module.state
+        if self.resumed:
+            check_unchanged(
+                config, self.dataset, self.resumed, self.module.kind, self.module.sections
+            )
+            check_same_llm(config, self.resumed, self.module.metadata())
+            restore(self.state, self.resumed)
+        first = int(self.state.rows_consumed.min())
+        rounds = context.rounds(self.stream, slots, config.training.batch_size, first)
+        sides = self.state.carry.current["side"]
+        self.loader = SlotLoader(rounds, first, self.state.rows_consumed, sides)
+
+    @property
+    def checkpoint(self) -> Path:
+        """Folder of the current step's checkpoint."""
+        return step_folder(self.folder, self.state.step)
+
+    def must_save(self) -> bool:
+        """Return True if training.save_every or the end of the run requires a checkpoint now."""
+        step = self.state.step
+        return step == self.total_steps or step % self.config.training.save_every == 0
+
+    def must_validate(self) -> bool:
+        """Return True if this worker validates now; checkpoints saved on request are skipped."""
+        held_out = self.dataset.meta["config"]["hold_out_tasks"] > 0
+        return self.context.rank == 0 and held_out and self.must_save()
+
+    def take_steps(self, metrics: MetricsAggregator, tracker: RunTracker) -> None:
+        """Train until the last step or a stop request."""
+        stop_file = StopFile(self.config.run_folder)
+        signal = Signal.NONE
+        while self.state.step < self.total_steps and signal is not Signal.STOP:
+            sums = self._step()
+            stop = stop_file.signal() if self.context.rank == 0 else Signal.NONE
+            signal = self.context.agree(max(self.context.signal(), stop))
+            saving = self.must_save() or signal is not Signal.NONE
+            # A run that resumes here would lose metrics that are not written yet.
+            metrics.add(sums, self.loader.waited, saving)
+            if self.state.step == self.total_steps:
+                metrics.measure_train_accuracy()
+            if saving:
+                self._save(metrics, tracker)
+
+    def _step(self) -> Sums:
+        batch = self.loader.refill(self.state.carry, self.state.halted)
+        try:
+            return self.module.step(batch, self.total_steps)
+        except Diverged as error:
+            good = newest(self.folder)
+            kept = good.folder if good else "none yet"
+            raise Diverged(f"{error}; last good checkpoint: {kept}") from None
+
+    def _save(self, metrics: MetricsAggregator, tracker: RunTracker) -> None:
+        """Save, validate and report a checkpoint."""
+        tracker.upload()  # before the checkpoint: a run that resumes from it needs these metrics
+        metadata = {"kind": self.module.kind, **self.module.metadata()}
+        save_checkpoint(self.state, metadata, self.dataset, self.config, self.context, self.folder)
+        if self.must_validate():
+            metrics.validate(self.checkpoint)
+        tracker.upload()
+        self.context.report({"step": self.state.step, **metrics.latest}, self.checkpoint)
+
+
 def _newest_for_all(folder: Path, context: RunContext) -> Checkpoint | None:
-    """The newest whole checkpoint, chosen by rank 0: hashing it takes long, and all must begin with
-    the same one.
-    """
-    found, problem = None, None
+    """Return the newest complete checkpoint, the same on all workers; only rank 0 hashes it."""
+    checkpoint, problem = None, None
     if context.rank == 0:
         try:
-            found = newest(folder)
+            checkpoint = newest(folder)
         except UserError as error:
-            problem = error
-    step = -2 if problem else int(found.state["step"]) if found else -1
-    chosen = torch.tensor([step], dtype=torch.int64, device=context.device)
-    step = int(context.gather(chosen, context.world_size)[0])
-    if step == -2:
-        raise CollectiveUserError(str(problem or f"{storage.uri(folder)}: no whole checkpoint"))
-    if context.rank and step >= 0:
+            problem = str(error)
+    step = int(checkpoint.state["step"]) if checkpoint else None
+    step, problem = context.gather_objects((step, problem))[0]
+    if problem is not None:
+        raise CollectiveUserError(problem)
+    if context.rank and step is not None:
         return read(step_folder(folder, step), verified=True)
-    return found
-
-
-def _step(module: TrainModule, feed: SlotLoader, total: int, folder: Path) -> Sums:
-    batch = feed.refill(module.state.carry, module.state.halted)
-    try:
-        return module.step(batch, total)
-    except Diverged as error:
-        good = newest(folder)
-        kept = good.folder if good else "none yet"
-        raise Diverged(f"{error}; last good checkpoint: {kept}") from None
+    return checkpoint

@@ -1,4 +1,4 @@
-"""What is trained: the TRM alone, or the hybrid. The loop is the same."""
+"""The interface between the training loop and the model it trains: the TRM or the hybrid."""
 
 from __future__ import annotations
 
@@ -17,43 +17,43 @@ from hybrid.trm import Batch
 
 
 class TrainModule(Protocol):
-    """What is trained."""
+    """A model with its training step."""
 
     state: TrainState
 
     @property
     def kind(self) -> str:
-        """Of its checkpoints: trm, hybrid."""
+        """Checkpoint kind: 'trm' or 'hybrid'."""
         ...
 
     @property
     def project(self) -> str:
-        """In W&B."""
+        """W&B project."""
         ...
 
     @property
     def sections(self) -> tuple[str, ...]:
-        """Of the config: a resumed run may not have changed them."""
+        """Config sections that must not change on resume."""
         ...
 
-    def start(self) -> None:
-        """Called once, before a fresh run's first step."""
+    def setup(self) -> None:
+        """Prepare the model once, before the first step of a new run."""
         ...
 
     def step(self, batch: Batch, total_steps: int) -> Sums:
-        """One optimiser step."""
+        """Take one optimizer step; return this worker's sums for metrics."""
         ...
 
     def predict_training_pairs(self, stream: Stream, count: int) -> Rows:
-        """Up to `count` original training pairs, and in `said` what it answers them with."""
+        """Return up to `count` original training pairs with the predicted tokens in `predicted`."""
         ...
 
     def validate(self, checkpoint: Path) -> Validation:
-        """What a checkpoint just written is worth, see `hybrid.evaluate.validate`."""
+        """Score a checkpoint on held-out tasks, see `hybrid.evaluate.validate`."""
         ...
 
-    def describe(self) -> dict[str, Any]:
-        """What a checkpoint says of it, beside what all say."""
+    def metadata(self) -> dict[str, Any]:
+        """Return entries of state.json in addition to those of every run."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Pretraining of the TRM on the dataset's training pairs, and test-time training of it."""
+"""Pretraining and test-time training of the TRM on the dataset's training pairs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,20 @@ from hybrid.dataset.stream import Rows
 from hybrid.device import to_device
 from hybrid.evaluate import Validation, predict_rows, validate
 from hybrid.train.loop import Result, train
-from hybrid.train.state import TrainState, fresh
-from hybrid.train.update import Sums, add_up, clear_gradients, exploration, micro_batches, move
+from hybrid.train.state import TrainState, create_state
+from hybrid.train.update import (
+    Sums,
+    accumulate_sums,
+    apply_gradients,
+    clear_gradients,
+    exploration,
+    micro_batches,
+)
 from hybrid.trm import Batch, act_loss
 
 
 class Pretraining:
-    """The TRM alone, one ACT step an optimiser step."""
+    """Train module of the TRM alone: one ACT step per optimizer step."""
 
     kind = "trm"
     project = "arc-trm-pretrain"
@@ -29,51 +36,51 @@ class Pretraining:
     def __init__(self, config: Config, dataset: Dataset, context: RunContext, slots: range) -> None:
         self.config = config
         self.context = context
-        self.state = fresh(config, dataset, slots, context.device)
+        self.state = create_state(config, dataset, slots, context.device)
 
-    def start(self) -> None:
-        """Nothing to prepare."""
+    def setup(self) -> None:
+        """Do nothing."""
 
     def step(self, batch: Batch, total_steps: int) -> Sums:
-        """One ACT step of every slot."""
+        """Advance every slot by one ACT step and update the weights."""
         return train_step(self.state, batch, self.config.training, total_steps, self.context)
 
     def predict_training_pairs(self, stream: Stream, count: int) -> Rows:
-        """After all ACT steps, with each puzzle's own row."""
+        """Predict after all ACT steps, with each variant's puzzle embedding."""
         rows = stream.original_pairs(count)
-        said = predict_rows(self.state.trm, rows, self.config.evaluation.batch_size)
-        return {**rows, "said": said}
+        predicted = predict_rows(self.state.trm, rows, self.config.evaluation.batch_size)
+        return {**rows, "predicted": predicted}
 
     def validate(self, checkpoint: Path) -> Validation:
-        """See `hybrid.evaluate.validate`."""
+        """Score a checkpoint on held-out tasks, see `hybrid.evaluate.validate`."""
         return validate(self.config, checkpoint, self.context.device)
 
-    def describe(self) -> dict[str, Any]:
-        """Nothing but what all say."""
+    def metadata(self) -> dict[str, Any]:
+        """Return no entries in addition to those of every run."""
         return {}
 
 
 def pretrain(config: Config, context: RunContext) -> Result:
-    """Train the TRM to the end, from the newest checkpoint of the run folder if there is one."""
+    """Train the TRM to the last step, resuming from the newest checkpoint if there is one."""
     return train(config, context, Pretraining)
 
 
 def train_step(
     state: TrainState, batch: Batch, config: TrainingConfig, total_steps: int, context: RunContext
 ) -> Sums:
-    """Advance the TRM by one step; returns this worker's sums for metrics.
+    """Take one optimizer step of the TRM; return this worker's sums for metrics.
 
-    `batch` is what `Feed.refill` returns: new rows for the slots that have halted, and the canvas
-    side of every slot. Canvases of different sides, and micro-batches of `micro_batch_size` rows,
-    go through the model one after the other; gradients add up. The order is the published one:
-    count, forward, backward, puzzle table, weights, average. The loss is summed over rows and
-    divided by the *global* batch, gradients are summed over workers.
+    `batch` comes from `SlotLoader.refill`: new rows for halted slots, and every slot's canvas side.
+    Gradients accumulate over canvas sides and over micro-batches of `micro_batch_size` rows.
+    The order is the published one: step count, forward, backward, puzzle table, weights, EMA. The
+    loss is summed over rows and divided by the *global* batch size; gradients are summed over
+    workers.
     """
     state.step += 1
     state.model.train()
     clear_gradients(state)
     draws = exploration(config.seed, state.step, config.batch_size, state.slots)
-    explore, least = to_device(draws, context.device)
+    explore, min_steps = to_device(draws, context.device)
     ids = torch.zeros_like(batch["puzzle_identifiers"])
     row_grads = torch.zeros(len(ids), state.trm.config.puzzle_emb_ndim, device=context.device)
     loss = torch.zeros((), dtype=torch.float64, device=context.device)
@@ -81,24 +88,24 @@ def train_step(
     parts = []
     for _, slots, rows in micro_batches(batch, config.micro_batch_size):
         carry, outputs = state.trm.act_step(
-            state.carry.take(slots, rows["inputs"].shape[1]),
+            state.carry.select(slots, rows["inputs"].shape[1]),
             rows,
-            exploration=(explore[slots], least[slots]),
+            exploration=(explore[slots], min_steps[slots]),
         )
-        part, counted = act_loss(
+        part, part_sums = act_loss(
             outputs.logits, outputs.q_halt, carry.current["labels"], carry.steps, carry.halted
         )
         torch.autograd.backward(part / config.batch_size)
         loss += part.detach()
-        add_up(sums, counted)
+        accumulate_sums(sums, part_sums)
         ids[slots] = carry.current["puzzle_identifiers"]
         if outputs.puzzle_rows is not None and outputs.puzzle_rows.grad is not None:
             row_grads[slots] = outputs.puzzle_rows.grad
         parts.append((slots, carry))
-    after = state.carry.put(parts)
-    # Enqueued before the read in `move`, which thereby waits for both.
+    after = state.carry.scatter(parts)
+    # Enqueued before the host waits in `apply_gradients`, which then waits for both.
     halted = after.halted.to("cpu", non_blocking=True)
     rates = dict.fromkeys(state.optimizer.parameters, config.lr)
-    move(state, loss, ids, row_grads, rates, config, total_steps, context)
+    apply_gradients(state, loss, ids, row_grads, rates, config, total_steps, context)
     state.carry, state.halted = after, halted
     return sums

@@ -1,8 +1,7 @@
-"""Shows a run's progress by reading its metrics.jsonl, wherever the workers are."""
+"""Show a run's progress from its metrics.jsonl, which works wherever the workers run."""
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,14 +16,15 @@ from hybrid.config import Config
 from hybrid.dataset import Dataset, Stream
 from hybrid.errors import UserError
 from hybrid.train.preflight import total_steps
+from hybrid.train.tracking import parse_metrics
 
 PLAIN_EVERY_S = 15.0
-"""Seconds between lines where there is no terminal to draw a bar on."""
+"""Seconds between lines if stderr is not a terminal."""
 
 
 @contextmanager
-def watch(config: Config) -> Iterator[None]:
-    """Inside, a bar (or plain lines without a terminal) follows the run."""
+def show_progress(config: Config) -> Iterator[None]:
+    """Show a progress bar, or plain lines without a terminal, while the run trains."""
     dataset = Dataset.open(config.data_folder)
     total = total_steps(config, len(Stream(dataset, config.training.seed)))
     console = Console(stderr=True)
@@ -84,8 +84,7 @@ def _text(metrics: dict[str, Any]) -> str:
 
 
 def _follow(path: Path, show: _Bar | _Lines, stop: threading.Event) -> None:
-    # What an earlier run has written is not progress of this one.
-    shown = _last(path)
+    shown = _last(path)  # written by an earlier process
     every = max(show.every, PLAIN_EVERY_S) if storage.is_cached(path) else show.every
     while not stop.wait(every):
         metrics = _last(path)
@@ -95,21 +94,14 @@ def _follow(path: Path, show: _Bar | _Lines, stop: threading.Event) -> None:
 
 
 def _last(path: Path) -> dict[str, Any] | None:
-    """The newest whole line that has a loss in it."""
+    """Return the newest complete line that has a loss."""
     try:
-        if storage.is_cached(path):  # whose writer may be in this very process
-            lines = (storage.read(path) or b"").split(b"\n")[:-1]
+        if storage.is_cached(path):  # no download: this process may be its writer
+            data = storage.read(path) or b""
         else:
             with path.open("rb") as file:
                 file.seek(max(0, path.stat().st_size - 4096))
-                lines = file.read().split(b"\n")[:-1]
+                data = file.read()
     except (OSError, UserError):
         return None
-    for line in reversed(lines):
-        try:
-            metrics: dict[str, Any] = json.loads(line)
-        except ValueError:
-            continue
-        if "loss" in metrics:
-            return metrics
-    return None
+    return next((m for m in reversed(parse_metrics(data)) if "loss" in m), None)

@@ -1,6 +1,7 @@
-"""Ending a run early without losing a step: a file named `stop` in the run folder asks for it.
+"""Stop a run early without losing a step.
 
-Whoever sees the run folder can ask: a signal to the job's process does, and so does a hand.
+A file named `stop` in the run folder requests it. SIGTERM or Ctrl-C to the job creates the file, or
+the user does.
 """
 
 from __future__ import annotations
@@ -23,53 +24,56 @@ from hybrid.errors import UserError
 log = logging.getLogger(__name__)
 
 STOP = "stop"
-LOOK_EVERY_S = 0.2
-LOOK_EVERY_S_IN_A_STORE = 2.0
+POLL_EVERY_S = 0.2
+POLL_STORE_EVERY_S = 2.0
 
 
 class StopFile:
-    """Looks for the file, not too often."""
+    """Poll for the stop file at a limited rate."""
 
     def __init__(self, run_folder: Path) -> None:
         self.path = run_folder / STOP
-        self.every = LOOK_EVERY_S_IN_A_STORE if storage.is_cached(self.path) else LOOK_EVERY_S
+        self.every = POLL_STORE_EVERY_S if storage.is_cached(self.path) else POLL_EVERY_S
         self.next = 0.0
 
     def signal(self) -> Signal:
-        """STOP if the file is there."""
+        """Return STOP if the file exists."""
         now = time.monotonic()
         if now < self.next:
             return Signal.NONE
         self.next = now + self.every
         try:
             return Signal.STOP if storage.exists(self.path) else Signal.NONE
-        except UserError as error:  # a store that is away for a moment ends nothing
+        except UserError as error:  # an unreachable store must not end the run
             log.warning("%s", error)
             return Signal.NONE
 
 
 @contextmanager
-def stoppable(run_folder: Path) -> Iterator[None]:
-    """Inside, SIGTERM and Ctrl-C ask the run to save and end; again, they end it at once."""
+def stop_on_signals(run_folder: Path) -> Iterator[None]:
+    """Make SIGTERM and Ctrl-C request a stop; a second signal ends the process at once.
+
+    Removes the stop file of an earlier run first.
+    """
     path = run_folder / STOP
     storage.remove(path)
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, before[number])
+    def request_stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, previous[number])
         print(f"{signal.Signals(number).name}: saving a checkpoint, then stopping", file=sys.stderr)
-        # Not in the handler: what it has interrupted may hold a lock of the file system's library.
+        # In a thread: the code that the handler interrupted may hold a lock of the file system.
         threading.Thread(target=_write, args=(path,)).start()
 
     if threading.current_thread() is not threading.main_thread():
-        yield  # signals are not ours here
+        yield  # only the main thread can set signal handlers
         return
-    # What is ignored stays so: a job in the background is not meant by Ctrl-C.
-    heard = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) != signal.SIG_IGN]
-    before: dict[int, Any] = {number: signal.signal(number, ask) for number in heard}
+    # Ignored signals stay ignored: Ctrl-C must not stop a job in the background.
+    handled = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) != signal.SIG_IGN]
+    previous: dict[int, Any] = {number: signal.signal(number, request_stop) for number in handled}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
         storage.remove(path)
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind while it runs: metrics.jsonl, train_<rank>.log, W&B."""
+"""Outputs of a running run: metrics.jsonl, train_<rank>.log and W&B."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ from hybrid.errors import UserError, make_folder
 
 log = logging.getLogger(__name__)
 
-WANDB_WAITS_S = 20.0
-"""So long a run is held up by a W&B that does not answer."""
-WANDB_ENDS_S = 120.0
-"""And so long by what is still to be sent at its end."""
-PICTURES = 8
+WANDB_INIT_TIMEOUT_S = 20.0
+"""wandb.init timeout, seconds."""
+WANDB_FINISH_TIMEOUT_S = 120.0
+"""wandb.finish timeout, seconds."""
+MAX_IMAGES = 8
 CELL = 12
+"""Pixels of a grid cell in an image."""
 COLOURS = "000000 0074d9 ff4136 2ecc40 ffdc00 aaaaaa f012be ff851b 7fdbff 870c25"
 Metrics = Mapping[str, float | int | str]
 
 
 class RunTracker:
-    """Rank 0 writes metrics and W&B, every rank its log file. Use as a context manager."""
+    """Context manager that writes metrics and W&B on rank 0 and a log file on every rank."""
 
     def __init__(self, config: Config, *, project: str, rank: int, resumed_at: int | None) -> None:
         folder = config.run_folder
@@ -76,7 +77,7 @@ class RunTracker:
         if error is not None:
             log.info("stopped: %s: %s", type(error).__name__, error)
         if self._metrics:
-            with suppress(OSError):  # it has been said when the line was written
+            with suppress(OSError):  # `write` has logged it
                 self._metrics.close()
         if self._wandb:
             self._wandb.finish(exit_code=int(error is not None))
@@ -86,42 +87,42 @@ class RunTracker:
         self.upload()
 
     def upload(self) -> None:
-        """Send the files to where the run folder is, if that is a store."""
+        """Upload the files if the run folder is in an object store."""
         try:
             for path in self._files:
                 storage.upload(path)
-        except UserError as error:  # a checkpoint that cannot be sent ends a run, not this
+        except UserError as error:  # only a checkpoint that cannot be uploaded ends a run
             log.warning("%s", error)
 
-    def show(self, step: int, rows: Rows, right: npt.NDArray[np.bool_]) -> None:
-        """The first few of some training pairs and of what was said to them, as pictures in W&B."""
+    def log_predictions(self, step: int, rows: Rows, correct: npt.NDArray[np.bool_]) -> None:
+        """Log the first MAX_IMAGES training pairs with their predictions as images in W&B."""
         if not self._wandb:
             return
         import wandb
 
-        names = ("inputs", "said", "labels")
-        table = wandb.Table(columns=["input", "said", "answer", "right"])
-        for row in range(min(PICTURES, len(right))):
+        names = ("inputs", "predicted", "labels")
+        table = wandb.Table(columns=["input", "predicted", "answer", "correct"])
+        for row in range(min(MAX_IMAGES, len(correct))):
             grids = [tokens_to_grid(np.asarray(rows[name][row])) for name in names]
-            table.add_data(*(wandb.Image(picture(grid)) for grid in grids), bool(right[row]))
+            table.add_data(*(wandb.Image(grid_image(grid)) for grid in grids), bool(correct[row]))
         self._wandb.log({"training pairs": table}, step=step)
 
     def write(self, metrics: Metrics) -> None:
-        """One line of metrics.jsonl, one of the log, one point in W&B."""
+        """Write the metrics of a step to metrics.jsonl, the log and W&B."""
         if not self._metrics:
             return
         try:
             self._metrics.write(json.dumps(metrics) + "\n")
             self._metrics.flush()
-        except OSError as error:  # a checkpoint that cannot be written ends a run, not this
+        except OSError as error:  # only a checkpoint that cannot be written ends a run
             log.warning("metrics.jsonl: %s", error)
         log.info(" ".join(f"{key}={_short(value)}" for key, value in metrics.items()))
         if self._wandb:
             self._wandb.log(dict(metrics), step=int(metrics["step"]))
 
 
-def picture(grid: Grid) -> npt.NDArray[np.uint8]:
-    """[h, w, 3]: a grid in ARC's colours, cells of CELL pixels with a line between them."""
+def grid_image(grid: Grid) -> npt.NDArray[np.uint8]:
+    """Render a grid in ARC's colours, with lines between cells; returns [h, w, 3]."""
     colours = np.array([list(bytes.fromhex(c)) for c in COLOURS.split()], np.uint8)
     pixels = colours[grid if grid.size else np.zeros((1, 1), np.uint8)]
     pixels = pixels.repeat(CELL, axis=0).repeat(CELL, axis=1)
@@ -130,33 +131,30 @@ def picture(grid: Grid) -> npt.NDArray[np.uint8]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl."""
+    """Return the complete lines of a metrics.jsonl file."""
     return parse_metrics(path.read_bytes())
 
 
 def parse_metrics(data: bytes) -> list[dict[str, Any]]:
-    """The whole lines among the bytes of a metrics.jsonl."""
-    found = []
+    """Return the complete lines among bytes of a metrics.jsonl file."""
+    lines = []
     for line in data.splitlines():
         try:
             metrics = json.loads(line)
         except ValueError:
-            continue  # torn: its writer was killed
+            continue  # incomplete: the writer was killed
         if isinstance(metrics, dict) and "step" in metrics:
-            found.append(metrics)
-    return found
+            lines.append(metrics)
+    return lines
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Drop the lines of steps that a resumed run is about to take again, and a torn last line."""
+    """Drop the lines after `step`, which a resumed run repeats, and an incomplete last line."""
     if not path.exists():
         return
-    kept = [json.dumps(m) + "\n" for m in read_metrics(path) if m["step"] <= step]
-    if "".join(kept) == path.read_text():
-        return
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    kept = "".join(json.dumps(m) + "\n" for m in read_metrics(path) if m["step"] <= step)
+    if kept != path.read_text():
+        storage.write(path, kept)
 
 
 def _short(value: float | int | str) -> str:
@@ -164,8 +162,8 @@ def _short(value: float | int | str) -> str:
 
 
 def _start_wandb(config: Config, project: str) -> Any:
-    """A W&B run, offline where there is no key; None, and a line in the log, if it cannot start."""
-    import wandb  # half a second that runs without it should not pay
+    """Start a W&B run, offline without an API key; log a warning and return None on failure."""
+    import wandb  # takes half a second
 
     try:
         return wandb.init(
@@ -175,11 +173,13 @@ def _start_wandb(config: Config, project: str) -> Any:
             config=to_dict(config),
             mode=None if _has_key() or "WANDB_MODE" in os.environ else "offline",
             settings=wandb.Settings(
-                silent=True, init_timeout=WANDB_WAITS_S, finish_timeout=WANDB_ENDS_S
+                silent=True,
+                init_timeout=WANDB_INIT_TIMEOUT_S,
+                finish_timeout=WANDB_FINISH_TIMEOUT_S,
             ),
         )
     except (wandb.Error, OSError) as error:
-        log.warning("W&B could not start, going on without: %s", error)
+        log.warning("W&B could not start, training continues without it: %s", error)
         return None
 
 

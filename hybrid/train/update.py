@@ -1,4 +1,4 @@
-"""Steps of an optimiser: micro-batches, the finite check, the update of weights, table and EMA."""
+"""Parts of an optimizer step: micro-batches, finite check, update of weights, table and EMA."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ Sums = dict[str, Tensor]
 
 
 class Diverged(RuntimeError):
-    """The loss or a gradient is not finite; raised before any weight has moved."""
+    """Raised before any weight changes if the loss or a gradient is not finite."""
 
 
 def micro_batches(
-    batch: Batch, most: int | None
+    batch: Batch, max_rows: int | None
 ) -> Iterator[tuple[list[int], Slots, dict[str, Tensor]]]:
-    """Split a batch by canvas side, and each side into parts of at most `most` rows.
+    """Split a batch by canvas side, and each side into micro-batches of at most `max_rows` rows.
 
-    Yields row numbers, the same as an index on the device, and the rows, token rows cut to the
-    canvas. `batch["side"]` is on the host, so the split waits for nothing. The index is a slice
-    where numbers are consecutive, which makes the rows views.
+    Yields the row numbers, the same numbers as an index on the device, and the rows with tokens cut
+    to the canvas. `batch["side"]` is on the CPU, so the split does not wait for the device. The
+    index of consecutive rows is a slice, which makes them views of the batch.
     """
     device = batch["inputs"].device
     for side, numbers in row_numbers_by_canvas(batch["side"].tolist()).items():
-        passes = -(-len(numbers) // (most or len(numbers)))
-        for part in range(passes):  # of equal size: a short one would leave a GPU idle
+        passes = -(-len(numbers) // (max_rows or len(numbers)))
+        for part in range(passes):  # of equal size: a short pass would leave the GPU idle
             first, last = (n * len(numbers) // passes for n in (part, part + 1))
-            mine = numbers[first:last]
-            slots = _slots(tuple(mine), device)
+            part_numbers = numbers[first:last]
+            slots = _slots(tuple(part_numbers), device)
             rows = {name: value[slots] for name, value in batch.items() if name != "side"}
             rows |= {name: value[:, : side**2] for name, value in rows.items() if name in TOKENS}
-            rows["side"] = torch.full((len(mine),), side, dtype=torch.int32, device=device)
-            yield mine, slots, rows
+            rows["side"] = torch.full((last - first,), side, dtype=torch.int32, device=device)
+            yield part_numbers, slots, rows
 
 
 @lru_cache(maxsize=256)
@@ -53,19 +53,19 @@ def _slots(numbers: tuple[int, ...], device: torch.device) -> Slots:
     return to_device(torch.tensor(numbers), device)
 
 
-def add_up(sums: Sums, more: Sums) -> None:
-    """Add `more` to `sums`, by name."""
+def accumulate_sums(sums: Sums, more: Sums) -> None:
+    """Add `more` to `sums` in place, by name."""
     for name, value in more.items():
         sums[name] = sums.get(name, 0) + value
 
 
 def clear_gradients(state: TrainState) -> None:
-    """Set every parameter's gradient to None."""
+    """Set the gradient of every trained parameter to None."""
     for parameter in state.optimizer.parameters.values():
         parameter.grad = None
 
 
-def move(
+def apply_gradients(
     state: TrainState,
     loss: Tensor,
     ids: Tensor,
@@ -75,10 +75,11 @@ def move(
     total_steps: int,
     context: RunContext,
 ) -> None:
-    """Update table, weights and average from gradients, after a check that all are finite.
+    """Update puzzle table, weights and EMA from the gradients of all workers.
 
     `ids` [slots] and `row_grads` [slots, ndim]: puzzle identifiers and their rows' gradients.
-    `rates`: learning rate of each parameter before the schedule. Raises Diverged.
+    `rates`: learning rate of each parameter before the schedule. Raises Diverged if the loss or a
+    gradient is not finite.
     """
     parameters = state.optimizer.parameters.values()
     _sum_gradients(parameters, context)
@@ -115,21 +116,21 @@ def move(
 
 
 def exploration(seed: int, step: int, batch_size: int, slots: range) -> Tensor:
-    """[2, slots] uniform draws of a step; every worker draws for the whole batch and cuts."""
+    """Return the [2, slots] uniform draws of a step: those of the global batch, cut to `slots`."""
     draws = np.random.default_rng([seed, step]).random((2, batch_size), dtype=np.float32)
     return torch.from_numpy(draws[:, slots.start : slots.stop])
 
 
 def read_flag(flag: Tensor) -> bool:
-    """Read a bool from the device: the one point of a step where the host waits for it.
+    """Read a bool from the device; the only point of a step where the host waits for the device.
 
-    Several workers wait once more, in `RunContext.agree`.
+    With several workers the host also waits in `RunContext.agree`.
     """
     return bool(flag)
 
 
 def _sum_gradients(parameters: Iterable[Tensor], context: RunContext) -> None:
-    """One flat all-reduce: a sum, because the loss is divided by the global batch already."""
+    """Sum gradients over workers in one flat all-reduce; the loss has the global batch's scale."""
     if context.world_size == 1:
         return
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -142,13 +143,13 @@ def _sum_gradients(parameters: Iterable[Tensor], context: RunContext) -> None:
 def _all_finite(
     parameters: Iterable[Tensor], loss: Tensor, row_grads: Tensor, context: RunContext
 ) -> Tensor:
-    """Return a bool scalar: loss and gradients are finite on every worker.
+    """Return a bool scalar: True if loss and gradients are finite on every worker.
 
-    A maximum norm is finite if and only if all of its tensor's numbers are.
+    The maximum norm of a tensor is finite if and only if all its elements are.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     if row_grads.numel():
         grads.append(row_grads)
     norms = torch.stack(torch._foreach_norm(grads, float("inf")))
-    sound = loss.detach().isfinite() & norms.isfinite().all()
-    return context.sum_((~sound).int()) == 0
+    finite = loss.detach().isfinite() & norms.isfinite().all()
+    return context.sum_((~finite).int()) == 0

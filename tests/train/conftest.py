@@ -1,4 +1,4 @@
-"""A run that has begun, whose rows halt at different times."""
+"""A run that has base_root, whose rows halt at different times."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
-    ASKED,
+    EVALUATED,
     TRAINED,
     change_weights,
     config_of,
     hybrid_of,
+    randomize_halt_head,
     train_as_rank,
-    undecided,
     write_tasks,
 )
 
@@ -32,48 +32,48 @@ CPU = LocalContext(torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")
-def begun(tmp_path_factory: pytest.TempPathFactory, arc1: dict[str, Task]) -> Path:
-    """A root with a dataset and the run `begun`: one step taken, its halt head undecided."""
-    root = tmp_path_factory.mktemp("begun")
+def base_root(tmp_path_factory: pytest.TempPathFactory, arc1: dict[str, Task]) -> Path:
+    """A root with a dataset and the run `base_root`: one step taken, its halt head undecided."""
+    root = tmp_path_factory.mktemp("base")
     write_tasks(root / "training", [arc1[task] for task in TRAINED])
-    write_tasks(root / "evaluation", [arc1[task] for task in ASKED])
-    config = config_of(root, training={"steps": 1}, logging={"run": "begun"})
+    write_tasks(root / "evaluation", [arc1[task] for task in EVALUATED])
+    config = config_of(root, training={"steps": 1}, logging={"run": "base"})
     prepare(config.data, config.data_folder, lambda line: None)
-    change_weights(pretrain(config, CPU).checkpoint, undecided)
+    change_weights(pretrain(config, CPU).checkpoint, randomize_halt_head)
     return root
 
 
 @pytest.fixture
-def going_on(begun: Path, request: pytest.FixtureRequest) -> Callable[..., Config]:
-    """going_on(name, section={key: value}) -> the config of a copy of that run, to be resumed."""
+def copy_run(base_root: Path, request: pytest.FixtureRequest) -> Callable[..., Config]:
+    """copy_run(name, section={key: value}) -> the config of a copy of that run, to be resumed."""
 
     def copy(name: str, **sections: dict[str, Any]) -> Config:
         logging = {**sections.pop("logging", {}), "run": f"{request.node.name}-{name}"}
-        config = config_of(begun, **sections, logging=logging)
-        shutil.copytree(begun / "runs" / "begun", config.run_folder)
+        config = config_of(base_root, **sections, logging=logging)
+        shutil.copytree(base_root / "runs" / "base", config.run_folder)
         return config
 
     return copy
 
 
 @pytest.fixture
-def jointly(begun: Path, request: pytest.FixtureRequest) -> Callable[..., Config]:
-    """jointly(name, section={key: value}) -> the config of a new hybrid around that run's TRM.
+def hybrid_config(base_root: Path, request: pytest.FixtureRequest) -> Callable[..., Config]:
+    """hybrid_config(name, section={key: value}) -> the config of a new hybrid around that run's TRM.
 
     The halt head is undecided, so rows stop after different attempts.
     """
 
     def make(name: str, **sections: dict[str, Any]) -> Config:
-        sections["trm"] = {"init_from": "begun"} | sections.get("trm", {})
+        sections["trm"] = {"init_from": "base"} | sections.get("trm", {})
         sections["logging"] = {"run": f"joint-{request.node.name}-{name}"}
-        return hybrid_of(begun, **sections)
+        return hybrid_of(base_root, **sections)
 
     return make
 
 
 @pytest.fixture
-def together(start: Callable[..., BaseProcess], tmp_path: Path) -> Callable[..., None]:
-    """together(config, loop, adamw): the run by two processes joined over the loopback."""
+def train_on_two(start: Callable[..., BaseProcess], tmp_path: Path) -> Callable[..., None]:
+    """train_on_two(config, loop, adamw): the run by two processes joined over the loopback."""
 
     def run(config: Config, loop: Callable[..., Any] = pretrain, adamw: bool = False) -> None:
         store = tmp_path / f"store-{config.logging.run}"

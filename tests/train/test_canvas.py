@@ -15,11 +15,11 @@ from helpers import (
     assert_close,
     change_weights,
     config_of,
-    feed_of,
+    loader_of,
     metrics,
     next_batch,
+    randomize_halt_head,
     tensors,
-    undecided,
     write_tasks,
 )
 from safetensors.torch import load_file
@@ -30,19 +30,19 @@ from hybrid.config import Config, EvaluationConfig
 from hybrid.context import LocalContext
 from hybrid.dataset import Dataset, Stream, prepare
 from hybrid.errors import UserError
-from hybrid.evaluate import predict, predict_rows
+from hybrid.evaluate import predict_rows, predict_tokens
 from hybrid.train import pretrain
 from hybrid.train.loader import SlotLoader
 from hybrid.train.preflight import check, training_stream
 from hybrid.train.pretrain import train_step
-from hybrid.train.state import TrainState, fresh
+from hybrid.train.state import TrainState, create_state
 from hybrid.train.update import exploration
 from hybrid.trm import TRM, act_loss
 
 CPU = LocalContext(torch.device("cpu"))
 TRAINED = ("0d3d703e", "74dd1130", "29c11459", "10fcaaa3")
 """Sides 3, 3, 11 and, with the answer, 12: half of the tasks on each canvas."""
-ASKED = ("25ff71a9", "0962bcdd")
+EVALUATED = ("25ff71a9", "0962bcdd")
 SECTIONS = ("trm", "training")
 EXACT = {"forward_dtype": "float64", "halt_exploration_prob": 0.3}
 STEPS = 12
@@ -63,21 +63,21 @@ def root(tmp_path_factory: pytest.TempPathFactory, arc1: dict[str, Task]) -> Pat
     """A root with both datasets and, on bucketed canvases, the run `begun`: one step taken."""
     root = tmp_path_factory.mktemp("canvas")
     write_tasks(root / "training", [arc1[task] for task in TRAINED])
-    write_tasks(root / "evaluation", [arc1[task] for task in ASKED])
+    write_tasks(root / "evaluation", [arc1[task] for task in EVALUATED])
     for canvas in ("full", "bucketed"):
         prepare(config_on(root, canvas, "none").data, root / canvas, lambda line: None)
-    begun = config_on(root, "bucketed", "begun", training={"steps": 1})
-    change_weights(pretrain(begun, CPU).checkpoint, undecided)
+    base = config_on(root, "bucketed", "base", training={"steps": 1})
+    change_weights(pretrain(base, CPU).checkpoint, randomize_halt_head)
     return root
 
 
 @pytest.fixture
-def going_on(root: Path, request: pytest.FixtureRequest) -> Callable[..., Config]:
-    """going_on(name, section={key: value}) -> the config of a copy of `begun`, to be resumed."""
+def copy_run(root: Path, request: pytest.FixtureRequest) -> Callable[..., Config]:
+    """copy_run(name, section={key: value}) -> the config of a copy of `begun`, to be resumed."""
 
     def copy(name: str, canvas: str = "bucketed", **sections: dict[str, Any]) -> Config:
         config = config_on(root, canvas, f"{request.node.name}-{name}", **sections)
-        shutil.copytree(root / "runs" / "begun", config.run_folder)
+        shutil.copytree(root / "runs" / "base", config.run_folder)
         return config
 
     return copy
@@ -85,13 +85,13 @@ def going_on(root: Path, request: pytest.FixtureRequest) -> Callable[..., Config
 
 def state_of(config: Config, dataset: Dataset) -> tuple[TrainState, SlotLoader]:
     """A state whose rows halt when they like, and what it is fed."""
-    state = fresh(config, dataset, range(config.training.batch_size), CPU.device)
+    state = create_state(config, dataset, range(config.training.batch_size), CPU.device)
     with torch.no_grad():
-        undecided(state.trm.state_dict())
+        randomize_halt_head(state.trm.state_dict())
         state.trm.puzzle_table.normal_(generator=torch.Generator().manual_seed(5))
     stream = training_stream(config, dataset)
     rounds = CPU.rounds(stream, state.slots, config.training.batch_size, 0)
-    return state, feed_of(state, rounds)
+    return state, loader_of(state, rounds)
 
 
 class Alone:
@@ -136,7 +136,7 @@ def test_twelve_steps_on_mixed_canvases_are_those_of_every_slot_alone(
 ) -> None:
     """Gradients, puzzle rows' gradients, loss, halting and carry, at every step."""
     config = config_on(root, "bucketed", "none", trm=EXACT | {"pos_encodings": positions})
-    state, feed = state_of(config, Dataset.open(root / "bucketed"))
+    state, loader = state_of(config, Dataset.open(root / "bucketed"))
     given: list[Tensor] = []
 
     def spy(table: Tensor, ids: Tensor, grads: Tensor, **keys: float) -> None:
@@ -147,7 +147,7 @@ def test_twelve_steps_on_mixed_canvases_are_those_of_every_slot_alone(
     mixed, turned, uneven = 0, set(), 0
     before = torch.zeros(6, dtype=torch.int32)
     for number in range(1, STEPS + 1):
-        batch = next_batch(feed, state)
+        batch = next_batch(loader, state)
         sides = batch["side"]
         mixed += len(set(sides.tolist())) == 2
         turned |= {
@@ -189,11 +189,11 @@ def test_micro_batches_add_up_to_the_undivided_step(root: Path, canvas: str, mic
     config = config_on(root, canvas, "none", trm=EXACT)
     divided = replace(config.training, micro_batch_size=micro)
     dataset = Dataset.open(root / canvas)
-    (one, feed), (other, other_feed) = (state_of(config, dataset) for _ in range(2))
+    (one, loader), (other, other_loader) = (state_of(config, dataset) for _ in range(2))
     halted = set()
     for _ in range(6):
-        sums = train_step(one, next_batch(feed, one), config.training, 100, CPU)
-        parts = train_step(other, next_batch(other_feed, other), divided, 100, CPU)
+        sums = train_step(one, next_batch(loader, one), config.training, 100, CPU)
+        parts = train_step(other, next_batch(other_loader, other), divided, 100, CPU)
         for name, value in sums.items():
             torch.testing.assert_close(parts[name], value, rtol=1e-6, atol=1e-9, msg=name)
         for name, weight in one.trm.named_parameters():
@@ -205,7 +205,7 @@ def test_micro_batches_add_up_to_the_undivided_step(root: Path, canvas: str, mic
             torch.testing.assert_close(other.carry.to_tensors()[name], value, rtol=1e-9, atol=1e-9)
         assert torch.equal(one.halted, other.halted)
         halted |= set(one.halted.tolist())
-    assert halted == {True, False}, "rows halted all together: nothing was tried"
+    assert halted == {True, False}, "rows halted all train_on_two: nothing was tried"
 
 
 def test_labels_beyond_a_canvas_are_no_labels(root: Path) -> None:
@@ -213,9 +213,9 @@ def test_labels_beyond_a_canvas_are_no_labels(root: Path) -> None:
     config = config_on(root, "bucketed", "none", trm=EXACT)
     said = []
     for garbage in (0, 7):
-        state, feed = state_of(config, Dataset.open(root / "bucketed"))
+        state, loader = state_of(config, Dataset.open(root / "bucketed"))
         for _ in range(4):
-            batch = {name: value.clone() for name, value in next_batch(feed, state).items()}
+            batch = {name: value.clone() for name, value in next_batch(loader, state).items()}
             for n, side in enumerate(batch["side"].tolist()):
                 batch["inputs"][n, side**2 :] = garbage
                 batch["labels"][n, side**2 :] = garbage
@@ -231,7 +231,7 @@ def test_labels_beyond_a_canvas_are_no_labels(root: Path) -> None:
 def test_where_all_tasks_are_large_bucketed_is_full(tmp_path: Path, arc1: dict[str, Task]) -> None:
     """Bit for bit, checkpoints included."""
     write_tasks(tmp_path / "training", [arc1[task] for task in TRAINED[2:]])
-    write_tasks(tmp_path / "evaluation", [arc1[ASKED[1]]])
+    write_tasks(tmp_path / "evaluation", [arc1[EVALUATED[1]]])
     folders = []
     for canvas in ("full", "bucketed"):
         config = config_on(tmp_path, canvas, canvas)
@@ -245,11 +245,11 @@ def folder(config: Config, step: int) -> Path:
 
 
 def test_from_a_checkpoint_in_the_middle_the_rest_is_the_same(
-    going_on: Callable[..., Config],
+    copy_run: Callable[..., Config],
 ) -> None:
     """From the first one whose rows on both canvases go on."""
     sections = {"training": {"steps": 12, "save_every": 1}}
-    whole, again = (going_on(name, **sections) for name in ("whole", "again"))
+    whole, again = (copy_run(name, **sections) for name in ("whole", "again"))
     pretrain(whole, CPU)
     middle = next(step for step in range(2, 11) if sides_going_on(folder(whole, step)) == {11, 12})
     shutil.rmtree(again.run_folder)
@@ -269,13 +269,13 @@ def sides_going_on(checkpoint: Path) -> set[int]:
 
 
 def test_two_workers_train_the_run_that_one_does(
-    going_on: Callable[..., Config], together: Callable[..., None]
+    copy_run: Callable[..., Config], train_on_two: Callable[..., None]
 ) -> None:
     """Their slots are on different canvases at different times."""
     training = {"steps": 8, "save_every": 1}
-    one, two = (going_on(name, training=training) for name in ("one", "two"))
+    one, two = (copy_run(name, training=training) for name in ("one", "two"))
     pretrain(one, CPU)
-    together(two)
+    train_on_two(two)
     assert len(list(folder(two, 8).glob("slots_*"))) == 2
     assert {11, 12} in [sides_going_on(folder(one, step)) for step in range(2, 8)]
     for step in range(2, 9):
@@ -296,23 +296,23 @@ def test_a_probe_asks_each_row_on_its_own_canvas(root: Path) -> None:
     for n, side in enumerate(rows["side"].tolist()):
         puzzle_rows = state.trm.puzzle_table[[int(rows["puzzle_identifiers"][n])]]
         inputs = np.asarray(rows["inputs"][n : n + 1, : side**2], np.uint8)
-        [tokens], _, _ = predict(state.trm, inputs, puzzle_rows, EvaluationConfig())
+        [tokens], _, _ = predict_tokens(state.trm, inputs, puzzle_rows, EvaluationConfig())
         assert np.array_equal(said[n, : side**2], tokens) and not said[n, side**2 :].any()
         varied += len(set(tokens.tolist())) > 1
     assert varied > len(said) // 2
 
 
-@pytest.mark.parametrize(("begun", "now"), [("bucketed", "full"), ("full", "bucketed")])
-def test_a_run_does_not_change_its_canvas(root: Path, begun: str, now: str) -> None:
+@pytest.mark.parametrize(("old_mode", "new_mode"), [("bucketed", "full"), ("full", "bucketed")])
+def test_a_run_does_not_change_its_canvas(root: Path, old_mode: str, new_mode: str) -> None:
     """Refused in one line, before a run and in it."""
-    run = f"begun-{begun}"
-    pretrain(config_on(root, begun, run, training={"steps": 1}), CPU)
-    config = config_on(root, now, run, training={"steps": 2})
+    run = f"base-{old_mode}"
+    pretrain(config_on(root, old_mode, run, training={"steps": 1}), CPU)
+    config = config_on(root, new_mode, run, training={"steps": 2})
     for refuse in (lambda: check(config, "trm", SECTIONS), lambda: pretrain(config, CPU)):
-        with pytest.raises(UserError, match=f"data.canvas={begun}.*{now}") as error:
+        with pytest.raises(UserError, match=f"data.canvas={old_mode}.*{new_mode}") as error:
             refuse()
         assert "\n" not in str(error.value) and run in str(error.value)
-    check(config_on(root, begun, run, training={"steps": 2}), "trm", SECTIONS)
+    check(config_on(root, old_mode, run, training={"steps": 2}), "trm", SECTIONS)
 
 
 @pytest.fixture
@@ -358,7 +358,7 @@ def test_a_run_begins_with_the_weights_and_puzzles_of_another_canvas(
     first = pretrain(config_on(root, other, f"first-{other}"), CPU).checkpoint
     config = config_on(root, canvas, f"then-{canvas}", trm={"init_from": f"first-{other}"})
     check(config, "trm", SECTIONS)
-    trm = fresh(config, Dataset.open(root / canvas), range(6), CPU.device).trm
+    trm = create_state(config, Dataset.open(root / canvas), range(6), CPU.device).trm
     table = load_file(first / "puzzle_table.safetensors")["puzzle_table"]
     assert torch.equal(trm.puzzle_table, table) and table.any()
     ema = load_file(first / "ema.safetensors")

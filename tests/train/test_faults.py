@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ASKED, TRAINED, assert_close, config_of, train_as_rank, write_tasks
+from helpers import EVALUATED, TRAINED, assert_close, config_of, train_as_rank, write_tasks
 
 from hybrid.arc import Task
 from hybrid.checkpoint import newest, read
@@ -33,7 +33,7 @@ LAST = f"step_{STEPS:08d}"
 def root(tmp_path_factory: pytest.TempPathFactory, arc1: dict[str, Task]) -> Path:
     root = tmp_path_factory.mktemp("faults")
     write_tasks(root / "training", [arc1[task] for task in TRAINED])
-    write_tasks(root / "evaluation", [arc1[task] for task in ASKED])
+    write_tasks(root / "evaluation", [arc1[task] for task in EVALUATED])
     config = experiment(root, "unused")
     prepare(config.data, config.data_folder, say=lambda line: None)
     return root
@@ -130,7 +130,7 @@ def test_a_full_disk_ends_a_run_that_goes_on_when_there_is_room(
     assert len(told) == 1 and said[-1] == told[0]
     assert told[0].startswith(f"error: {folder}: the checkpoint cannot be written (")
     assert "No space left" in told[0]
-    assert "the newest whole one is step_00000002; run the same command again" in told[0]
+    assert "the newest complete one is step_00000002; run the same command again" in told[0]
     assert not any("Traceback" in line for line in said)
 
     left = tmp_path / "full" / "full" / "checkpoints"
@@ -203,7 +203,7 @@ def test_if_one_of_two_workers_cannot_write_both_end_and_both_say_so(
     for rank in range(2):
         said = (tmp_path / f"rank{rank}").read_text()
         assert said.startswith(f"{checkpoints(config) / 'step_00000004'}: the checkpoint cannot")
-        assert "the newest whole one is step_00000002" in said
+        assert "the newest complete one is step_00000002" in said
     assert [path.name for path in checkpoints(config).iterdir()] == ["step_00000002"]
 
     both = [start(train_as_rank, pretrain, r, 2, tmp_path / "c", config) for r in range(2)]
@@ -223,7 +223,7 @@ def test_a_newest_checkpoint_that_has_rotted_is_passed_over_by_the_job(
     path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 4]) + whole[-8:])
     done = run(command(config))
     assert done.returncode == 0
-    assert f"checkpoint passed over: {path}: damaged" in done.stderr
+    assert f"checkpoint skipped: {path}: damaged" in done.stderr
     assert "step 2 of 6" in (config.run_folder / "train_0.log").read_text()
     for step in (4, 6):
         name = f"step_{step:08d}"
@@ -254,7 +254,7 @@ def test_training_ends_as_it_would_when_wandb_is_down(
     done = run(command(config), env=with_wandb(f"http://127.0.0.1:{port}"))
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - began < 180
-    assert "W&B could not start, going on without" in done.stderr
+    assert "W&B could not start, training continues" in done.stderr
     assert_close(checkpoints(config) / LAST, undisturbed / LAST, 0, 0)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import feed_of, metrics, next_batch, tensors
+from helpers import loader_of, metrics, next_batch, tensors
 from torch import Tensor
 
 from hybrid.adapters import TextToLatentAdapter
@@ -28,7 +28,7 @@ from hybrid.train.preflight import training_stream
 from hybrid.train.update import Sums
 from hybrid.trm import IGNORE, Batch
 
-Jointly = Callable[..., Config]
+HybridConfig = Callable[..., Config]
 CPU = LocalContext(torch.device("cpu"))
 NO_DECAY = {"steps": 2, "weight_decay": 0, "puzzle_weight_decay": 0, "lr_warmup_steps": 0}
 SIX = range(6)
@@ -62,7 +62,7 @@ class Listening(Joint):
         return sums
 
     def _listen(self, reader: Reader) -> None:
-        prompt, encode = reader.prompt, reader.encode
+        prompt, encode = reader.prompt, reader.prefill
 
         def listen(task: Task, test: int = 0) -> Prompt:
             made = prompt(task, test)
@@ -74,7 +74,7 @@ class Listening(Joint):
             self.encoded.append(list(prompts))
             return encode(prompts)
 
-        reader.prompt, reader.encode = listen, see  # type: ignore[method-assign]
+        reader.prompt, reader.prefill = listen, see  # type: ignore[method-assign]
 
 
 def run(config: Config) -> tuple[Any, Result]:
@@ -95,10 +95,10 @@ def drive(config: Config, slots: range, steps: int) -> Listening:
     module = Listening(config, dataset, CPU, slots)
     stream = training_stream(config, dataset)
     rounds = CPU.rounds(stream, slots, config.training.batch_size, 0)
-    feed = feed_of(module.state, rounds)
-    module.start()
+    loader = loader_of(module.state, rounds)
+    module.setup()
     for _ in range(steps):
-        module.step(next_batch(feed, module.state), steps)
+        module.step(next_batch(loader, module.state), steps)
     return module
 
 
@@ -109,10 +109,10 @@ def moved(module: Listening) -> set[str]:
 
 @pytest.mark.parametrize("inject", ["carry", "input", "both"])
 def test_two_steps_move_every_trained_tensor_and_nothing_else(
-    jointly: Jointly, inject: str
+    hybrid_config: HybridConfig, inject: str
 ) -> None:
     """Without decay: what moves has had a gradient."""
-    module, _ = run(jointly("a", training=NO_DECAY, adapter={"inject": inject}))
+    module, _ = run(hybrid_config("a", training=NO_DECAY, adapter={"inject": inject}))
     trained = set(module.state.optimizer.parameters)
     assert {name.split(".")[0] for name in trained} == {"trm", "to_latent", "to_text"}
     calibrated = {"to_latent.mean", "to_latent.std", "trm.puzzle_table"}
@@ -121,9 +121,9 @@ def test_two_steps_move_every_trained_tensor_and_nothing_else(
         assert weight.grad is None and not weight.requires_grad, name
 
 
-def test_a_language_model_that_is_not_frozen_learns_and_is_kept(jointly: Jointly) -> None:
+def test_a_language_model_that_is_not_frozen_learns_and_is_kept(hybrid_config: HybridConfig) -> None:
     llama = {"frozen": False, "lr": 1e-3}
-    module, result = run(jointly("a", training=NO_DECAY, llama=llama))
+    module, result = run(hybrid_config("a", training=NO_DECAY, llama=llama))
     trained = set(module.state.optimizer.parameters)
     decoder = {name for name in trained if name.startswith("llama.")}
     assert len(decoder) == len(list(module.reader.backbone.model.model.parameters()))
@@ -134,11 +134,11 @@ def test_a_language_model_that_is_not_frozen_learns_and_is_kept(jointly: Jointly
 
 
 def test_without_injection_the_trm_trains_alone(
-    jointly: Jointly, monkeypatch: pytest.MonkeyPatch
+    hybrid_config: HybridConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = sys.modules["hybrid.train.joint"]
     monkeypatch.setattr(module, "open_reader", None)  # called, it would raise
-    module, result = run(jointly("a", training=NO_DECAY, adapter={"inject": "none"}))
+    module, result = run(hybrid_config("a", training=NO_DECAY, adapter={"inject": "none"}))
     trained = set(module.state.optimizer.parameters)
     assert {name.split(".")[0] for name in trained} == {"trm"}
     assert moved(module) == trained | {"trm.puzzle_table"}
@@ -146,9 +146,9 @@ def test_without_injection_the_trm_trains_alone(
 
 
 def test_a_checkpoint_holds_the_name_of_the_frozen_model_and_not_its_weights(
-    jointly: Jointly,
+    hybrid_config: HybridConfig,
 ) -> None:
-    module, result = run(jointly("a", training=NO_DECAY))
+    module, result = run(hybrid_config("a", training=NO_DECAY))
     kept = tensors(result.checkpoint)
     assert not [name for name in kept if "llama" in name or "lm." in name]
     model = module.reader.backbone.model
@@ -169,7 +169,7 @@ def test_a_checkpoint_holds_the_name_of_the_frozen_model_and_not_its_weights(
 
 
 def test_news_is_measured_once_and_not_again_on_resuming(
-    jointly: Jointly, monkeypatch: pytest.MonkeyPatch
+    hybrid_config: HybridConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[Tensor] = []
     calibrate = TextToLatentAdapter.calibrate
@@ -179,7 +179,7 @@ def test_news_is_measured_once_and_not_again_on_resuming(
         calibrate(self, hidden)
 
     monkeypatch.setattr(TextToLatentAdapter, "calibrate", count)
-    config = jointly("a", training={"steps": 1})
+    config = hybrid_config("a", training={"steps": 1})
     first = read(joint(config, CPU).checkpoint).tensors("model")
     longer = replace(config, training=replace(config.training, steps=2))
     second = read(joint(longer, CPU).checkpoint).tensors("model")
@@ -194,9 +194,9 @@ def test_news_is_measured_once_and_not_again_on_resuming(
 @pytest.mark.parametrize("slots", [SIX, range(3, 6)], ids=["one worker", "the second of two"])
 @pytest.mark.parametrize("variants", [None, 1])
 def test_a_row_is_read_with_the_other_demonstrations_of_its_task_and_never_its_output(
-    jointly: Jointly, slots: range, variants: int | None
+    hybrid_config: HybridConfig, slots: range, variants: int | None
 ) -> None:
-    config = jointly("a", training={"variants": variants, "max_attempts": 1})
+    config = hybrid_config("a", training={"variants": variants, "max_attempts": 1})
     dataset = Dataset.open(config.data_folder)
     module = drive(config, slots, 9)
     kinds = set()
@@ -231,10 +231,10 @@ def test_a_row_is_read_with_the_other_demonstrations_of_its_task_and_never_its_o
 
 
 def test_every_row_gets_a_gradient_through_the_language_model_at_every_attempt(
-    jointly: Jointly,
+    hybrid_config: HybridConfig,
 ) -> None:
     """Encoder outputs that are cached between steps starve all but the newest rows."""
-    module = drive(jointly("a", training=NO_DECAY, feedback={"source": "none"}), SIX, 2)
+    module = drive(hybrid_config("a", training=NO_DECAY, feedback={"source": "none"}), SIX, 2)
     assert module.solver.to_latent is not None
     latents: list[Tensor] = []
     hidden: list[Tensor] = []
@@ -250,9 +250,9 @@ def test_every_row_gets_a_gradient_through_the_language_model_at_every_attempt(
     module.solver.to_latent.register_forward_hook(keep)
     dataset = Dataset.open(module.config.data_folder)
     stream = training_stream(module.config, dataset)
-    feed = feed_of(module.state, CPU.rounds(stream, SIX, 6, 2), 2)
+    loader = loader_of(module.state, CPU.rounds(stream, SIX, 6, 2), 2)
     for _ in range(2):
-        module.step(next_batch(feed, module.state), 4)
+        module.step(next_batch(loader, module.state), 4)
     assert len(hidden) == 2 * 3 and len(latents) == 2 * 3 * 3
     for value in (*latents, *hidden):
         assert value.grad is not None
@@ -280,10 +280,10 @@ def peak(config: Config) -> int:
     return most
 
 
-def test_memory_does_not_grow_with_attempts(jointly: Jointly) -> None:
+def test_memory_does_not_grow_with_attempts(hybrid_config: HybridConfig) -> None:
     def measure(**training: Any) -> int:
         training = {"bptt_attempts": 2, **training}
-        return peak(jointly("a", training=training, feedback={"source": "none"}))
+        return peak(hybrid_config("a", training=training, feedback={"source": "none"}))
 
     four, eight = (measure(max_attempts=most) for most in (4, 8))
     assert four == eight
@@ -292,11 +292,11 @@ def test_memory_does_not_grow_with_attempts(jointly: Jointly) -> None:
     assert measure(max_attempts=8, bptt_attempts=4, recompute=False) > 1.7 * kept
 
 
-def test_exploration_keeps_rows_going_that_would_have_stopped(jointly: Jointly) -> None:
+def test_exploration_keeps_rows_going_that_would_have_stopped(hybrid_config: HybridConfig) -> None:
     def attempts(name: str, chance: float) -> list[float]:
         sure = {"threshold": 0.0}  # every row stops at once
         trm = {"halt_exploration_prob": chance}
-        config = jointly(name, trm=trm, feedback=sure, training={"steps": 3, "max_attempts": 4})
+        config = hybrid_config(name, trm=trm, feedback=sure, training={"steps": 3, "max_attempts": 4})
         joint(config, CPU)
         return [line["steps"] for line in metrics(config.run_folder) if "loss" in line]
 
@@ -304,10 +304,10 @@ def test_exploration_keeps_rows_going_that_would_have_stopped(jointly: Jointly) 
     assert all(2 <= mean < 4 for mean in attempts("always", 1))
 
 
-def test_blank_rows_teach_the_blank_puzzle_alone(jointly: Jointly) -> None:
+def test_blank_rows_teach_the_blank_puzzle_alone(hybrid_config: HybridConfig) -> None:
     def rows_moved(chance: float) -> set[int]:
         training = {**NO_DECAY, "blank_puzzle_prob": chance}
-        module = drive(jointly("a", training=training), SIX, 2)
+        module = drive(hybrid_config("a", training=training), SIX, 2)
         table = module.new["trm.puzzle_table"] != module.state.trm.puzzle_table
         return set(table.any(1).nonzero().flatten().tolist())
 
@@ -317,11 +317,11 @@ def test_blank_rows_teach_the_blank_puzzle_alone(jointly: Jointly) -> None:
     assert 0 in mixed and len(mixed) > 1
 
 
-def test_the_oracle_of_a_training_row_is_its_label(jointly: Jointly) -> None:
-    config = jointly("a", feedback={"source": "oracle"}, training={"steps": 1})
+def test_the_oracle_of_a_training_row_is_its_label(hybrid_config: HybridConfig) -> None:
+    config = hybrid_config("a", feedback={"source": "oracle"}, training={"steps": 1})
     module = drive(config, SIX, 4)
     for batch in module.batches:
-        judge = module._judge(batch)
+        judge = module._feedback_source(batch)
         for n, answer in enumerate(judge.answers):  # type: ignore[attr-defined]
             labels = batch["labels"][n].masked_fill(batch["labels"][n] == IGNORE, 0)
             colours = labels[labels >= 2].numpy() - 2
@@ -329,9 +329,9 @@ def test_the_oracle_of_a_training_row_is_its_label(jointly: Jointly) -> None:
     assert read(joint(config, CPU).checkpoint).state["oracle"] is True
 
 
-def test_the_variance_of_the_latent_is_a_metric(jointly: Jointly) -> None:
+def test_the_variance_of_the_latent_is_a_metric(hybrid_config: HybridConfig) -> None:
     """At the first step the adapter says nothing yet; then rows must differ."""
-    config = jointly("a", training={"steps": 4, "lr_warmup_steps": 0})
+    config = hybrid_config("a", training={"steps": 4, "lr_warmup_steps": 0})
     joint(config, CPU)
     values = [m["latent_variance"] for m in metrics(config.run_folder) if "loss" in m]
     assert values[0] == 0 and all(0 < value <= 1 for value in values[1:])
@@ -340,9 +340,9 @@ def test_the_variance_of_the_latent_is_a_metric(jointly: Jointly) -> None:
     assert float(latent_variance(torch.tensor([[1.0], [-1.0]]))) == 1
 
 
-def test_the_estimate_knows_the_adapters(jointly: Jointly) -> None:
+def test_the_estimate_knows_the_adapters(hybrid_config: HybridConfig) -> None:
     for adapter in ({"inject": "carry"}, {"inject": "both", "layers": 3}):
-        config = jointly("a", adapter=adapter)
+        config = hybrid_config("a", adapter=adapter)
         module = drive(config, SIX, 0)
         sizes = {
             room: sum(p.numel() for n, p in module.solver.named_parameters() if room in n)

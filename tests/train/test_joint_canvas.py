@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close, feed_of, hybrid_of, next_batch, undecided, write_tasks
+from helpers import assert_close, hybrid_of, loader_of, next_batch, randomize_halt_head, write_tasks
 from torch import Tensor
 
 from hybrid.adapters import AdapterConfig, TextToLatentAdapter
@@ -64,12 +64,12 @@ def module_of(config: Config) -> tuple[Joint, dict[str, Tensor]]:
         for name, weight in module.solver.named_parameters():
             size = 0.02 if name.startswith("trm.") else 0.1
             weight.add_(size * torch.randn(weight.shape, generator=draw))
-        undecided({f"trm.{k}": v for k, v in module.state.trm.state_dict().items()})
+        randomize_halt_head({f"trm.{k}": v for k, v in module.state.trm.state_dict().items()})
         module.state.trm.puzzle_table.normal_(generator=draw)
-    module.start()
+    module.setup()
     stream = training_stream(config, Dataset.open(config.data_folder))
-    feed = feed_of(module.state, CPU.rounds(stream, SIX, 6, 0))
-    return module, next_batch(feed, module.state)
+    loader = loader_of(module.state, CPU.rounds(stream, SIX, 6, 0))
+    return module, next_batch(loader, module.state)
 
 
 @pytest.mark.parametrize("micro", [1, 2])
@@ -110,7 +110,7 @@ def test_a_step_on_mixed_canvases_is_the_sum_of_its_rows_alone(
 
     alone.state.step += 1
     alone.solver.train()
-    least = alone._least().tolist()
+    least = alone._min_attempts().tolist()
     assert alone.reader is not None
     problems = alone.stream.problems(np.array(SIX))
     rows, made, loss = [], 0, 0.0
@@ -124,7 +124,7 @@ def test_a_step_on_mixed_canvases_is_the_sum_of_its_rows_alone(
         for attempt in attempts(
             alone.solver,
             alone.solver.initial_state(row, puzzle_rows, encoding),
-            alone._judge(row),
+            alone._feedback_source(row),
             max_attempts=3,
             history=config.feedback.history,
             min_attempts=[least[n]],
@@ -203,10 +203,10 @@ def test_a_probe_plays_each_row_on_its_own_canvas(root: Path) -> None:
             module.state.trm.lm_head.weight.normal_(generator=torch.Generator().manual_seed(8))
         said.append(module.predict_training_pairs(module.stream, 9))
     assert set(said[0]["side"].tolist()) == {11, 12}
-    assert np.array_equal(said[0]["said"], said[1]["said"])
+    assert np.array_equal(said[0]["predicted"], said[1]["predicted"])
     for n, side in enumerate(said[0]["side"].tolist()):
-        assert not said[0]["said"][n, side**2 :].any()
-        assert len(set(said[0]["said"][n, : side**2].tolist())) > 1
+        assert not said[0]["predicted"][n, side**2 :].any()
+        assert len(set(said[0]["predicted"][n, : side**2].tolist())) > 1
 
 
 def test_news_is_measured_on_every_row_with_its_own_problem(

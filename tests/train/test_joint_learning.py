@@ -15,7 +15,7 @@ from hybrid.llm import Reader
 from hybrid.train import Joint
 from hybrid.train.loop import train
 
-Jointly = Callable[..., Config]
+HybridConfig = Callable[..., Config]
 CPU = LocalContext(torch.device("cpu"))
 PROBLEM, TEXT = [5, 6, 7, 8, 9], [50, 51, 52]
 
@@ -43,9 +43,9 @@ def hidden(reader: Reader) -> Tensor:
 
 
 def test_thirty_small_steps_move_every_weight_and_are_what_an_evaluation_reads(
-    jointly: Jointly,
+    hybrid_config: HybridConfig,
 ) -> None:
-    config = jointly(
+    config = hybrid_config(
         "a",
         training={"steps": 30, "weight_decay": 0, "lr_warmup_steps": 0, "max_attempts": 1},
         llama={"frozen": False, "lr": 1e-5, "dtype": "bfloat16"},
@@ -62,7 +62,7 @@ def test_thirty_small_steps_move_every_weight_and_are_what_an_evaluation_reads(
         assert moved[had_gradient].float().mean() > 0.99, name
         assert {tensors[name].dtype for tensors in kept.values()} == {torch.float32}
     answerer = HybridPredictor(read(result.checkpoint), config, CPU.device)
-    assert answerer.solver.reader is not None
+    assert answerer.model.reader is not None
     with module.state.ema.applied():
-        assert torch.equal(hidden(module.reader), hidden(answerer.solver.reader))
-    assert not torch.equal(hidden(module.reader), hidden(answerer.solver.reader))
+        assert torch.equal(hidden(module.reader), hidden(answerer.model.reader))
+    assert not torch.equal(hidden(module.reader), hidden(answerer.model.reader))

@@ -1,4 +1,4 @@
-"""A joint run interrupted, shared, begun from another run, refused."""
+"""A joint run interrupted, shared, base_root from another run, refused."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from hybrid.llm.backbone import Backbone
 from hybrid.llm.tiny import tiny_random
 from hybrid.train import Diverged, Joint, Result, joint, pretrain
 from hybrid.train.loop import train as train_loop
-from hybrid.train.state import fresh, initial_checkpoint, trained_on
+from hybrid.train.state import create_state, initial_checkpoint, trained_on
 
-Jointly = Callable[..., Config]
+HybridConfig = Callable[..., Config]
 CPU = LocalContext(torch.device("cpu"))
 EXACT = {"trm": {"forward_dtype": "float64"}, "llama": {"dtype": "float64"}}
 """Rounding is then far below what a scale-free optimiser would make steps of."""
@@ -50,7 +50,7 @@ def losses(config: Config) -> list[dict[str, Any]]:
 
 
 def test_four_steps_are_two_and_a_new_process_and_two(
-    jointly: Jointly, start: Callable[..., BaseProcess]
+    hybrid_config: HybridConfig, start: Callable[..., BaseProcess]
 ) -> None:
     """With all that is drawn by chance, in batches whose rows stop at different attempts."""
     training = {
@@ -60,7 +60,7 @@ def test_four_steps_are_two_and_a_new_process_and_two(
         "freeze_weights_fraction": 0.3,
     }
     drawn = {"trm": {"halt_exploration_prob": 0.5}, "training": training}
-    whole, halves = (jointly(name, **drawn) for name in ("whole", "halves"))
+    whole, halves = (hybrid_config(name, **drawn) for name in ("whole", "halves"))
     joint(whole, CPU)
     shutil.copytree(whole.run_folder, halves.run_folder)
     shutil.rmtree(folder(halves, 4))
@@ -75,16 +75,16 @@ def test_four_steps_are_two_and_a_new_process_and_two(
 
 @pytest.mark.parametrize("adamw", [False, True])
 def test_two_workers_train_the_run_that_one_does(
-    jointly: Jointly,
-    together: Callable[..., None],
+    hybrid_config: HybridConfig,
+    train_on_two: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
     adamw: bool,
 ) -> None:
     """AdamW behind clipping sees the scale that Adam-atan2 and sign-SGD hide."""
     rate = {"adapter": {"lr": 1e-4}, "training": {"save_every": 1, "blank_puzzle_prob": 0.3}}
     sections = {**EXACT, **rate, "feedback": {"history": 2}}
-    one, two = (jointly(name, **sections) for name in ("one", "two"))
-    together(two, joint, adamw)
+    one, two = (hybrid_config(name, **sections) for name in ("one", "two"))
+    train_on_two(two, joint, adamw)
     if adamw:
         monkeypatch.setattr("hybrid.train.state.AdamAtan2", ClippedAdamW)
     joint(one, CPU)
@@ -100,13 +100,13 @@ def test_two_workers_train_the_run_that_one_does(
 
 
 def test_encodings_made_beforehand_train_the_same_and_nothing_is_encoded_again(
-    jointly: Jointly, monkeypatch: pytest.MonkeyPatch
+    hybrid_config: HybridConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sections: dict[str, dict[str, Any]] = {**EXACT, "adapter": {"lr": 1e-4}}
     sections["training"] = {"steps": 3, "variants": 1}
-    now = jointly("now", **sections)
+    now = hybrid_config("now", **sections)
     sections["llama"] = {**EXACT["llama"], "prompt_cache": True}
-    before = jointly("before", **sections)
+    before = hybrid_config("before", **sections)
     said = launch.cache_prompts(replace(before, cluster=replace(before.cluster, num_workers=0)))
     torch.set_num_threads(1)
     assert " 0 encoded now" not in said
@@ -119,9 +119,9 @@ def test_encodings_made_beforehand_train_the_same_and_nothing_is_encoded_again(
 
 
 @pytest.fixture
-def other(begun: Path, tmp_path: Path) -> dict[str, Any]:
+def other(base_root: Path, tmp_path: Path) -> dict[str, Any]:
     """Paths of another dataset of the same tasks."""
-    config = config_of(begun, data={"seed": 1}, paths={"data": str(tmp_path / "other")})
+    config = config_of(base_root, data={"seed": 1}, paths={"data": str(tmp_path / "other")})
     prepare(config.data, config.data_folder, lambda line: None)
     return {"data": str(tmp_path / "other")}
 
@@ -129,19 +129,19 @@ def other(begun: Path, tmp_path: Path) -> dict[str, Any]:
 def started(config: Config, hybrid: bool = False) -> dict[str, Tensor]:
     """The tensors of a TRM before its first step."""
     dataset = Dataset.open(config.data_folder)
-    return dict(fresh(config, dataset, range(6), CPU.device).trm.state_dict())
+    return dict(create_state(config, dataset, range(6), CPU.device).trm.state_dict())
 
 
 def test_a_run_begins_with_the_averaged_weights_and_table_of_another(
-    jointly: Jointly, begun: Path, other: dict[str, Any]
+    hybrid_config: HybridConfig, base_root: Path, other: dict[str, Any]
 ) -> None:
-    found = newest(begun / "runs/begun/checkpoints")
+    found = newest(base_root / "runs/base/checkpoints")
     assert found is not None
     model, ema, table = (found.tensors(n) for n in ("model", "ema", "puzzle_table"))
     assert not torch.equal(model["embed_tokens"], ema["embed_tokens"])
-    new = started(jointly("a"))
-    by_path = started(jointly("b", trm={"init_from": str(found.folder)}))
-    elsewhere = started(jointly("c", paths=other, data={"seed": 1}))
+    new = started(hybrid_config("a"))
+    by_path = started(hybrid_config("b", trm={"init_from": str(found.folder)}))
+    elsewhere = started(hybrid_config("c", paths=other, data={"seed": 1}))
     for name, value in (model | ema).items():
         for state in (new, by_path, elsewhere):
             assert torch.equal(state[name], value), name
@@ -154,51 +154,51 @@ def test_a_run_begins_with_the_averaged_weights_and_table_of_another(
 
 
 def test_a_folder_of_the_name_of_a_run_is_not_taken_for_it(
-    jointly: Jointly, begun: Path, monkeypatch: pytest.MonkeyPatch
+    hybrid_config: HybridConfig, base_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the project's root a run called `hybrid` or `docs` was once looked for in the sources."""
-    (begun / "begun").mkdir()
-    monkeypatch.chdir(begun)
-    config = jointly("a", trm={"init_from": "begun"})
+    (base_root / "base").mkdir()
+    monkeypatch.chdir(base_root)
+    config = hybrid_config("a", trm={"init_from": "base"})
     found = initial_checkpoint(config)
-    assert found is not None and found.folder.parents[1] == begun / "runs/begun"
-    with pytest.raises(UserError, match=f"{begun / 'begun'}: no checkpoint here"):
-        initial_checkpoint(jointly("a", trm={"init_from": "./begun"}))
+    assert found is not None and found.folder.parents[1] == base_root / "runs/base"
+    with pytest.raises(UserError, match=f"{base_root / 'base_root'}: no checkpoint here"):
+        initial_checkpoint(hybrid_config("a", trm={"init_from": "./base_root"}))
 
 
 def test_what_a_start_was_trained_on_is_never_forgotten(
-    jointly: Jointly, begun: Path, other: dict[str, Any]
+    hybrid_config: HybridConfig, base_root: Path, other: dict[str, Any]
 ) -> None:
     """Held-out demonstrations are judged by it, and the verdict of every report."""
-    known = newest(begun / "runs/begun/checkpoints").trained_on
+    known = newest(base_root / "runs/base/checkpoints").trained_on
     fewer = {"data": str(Path(other["data"]).parent / "fewer")}
     data = {"evaluation": []}
-    config = jointly("fewer", paths=fewer, data=data, training={"steps": 1})
+    config = hybrid_config("fewer", paths=fewer, data=data, training={"steps": 1})
     prepare(config.data, config.data_folder, lambda line: None)
     assert set(trained_on(Dataset.open(config.data_folder))) < set(known)
     assert read(joint(config, CPU).checkpoint).trained_on == known
     longer = replace(config, training=replace(config.training, steps=2))
     assert read(joint(longer, CPU).checkpoint).trained_on == known
-    later = jointly("later", trm={"init_from": config.logging.run}, paths=fewer, data=data)
+    later = hybrid_config("later", trm={"init_from": config.logging.run}, paths=fewer, data=data)
     assert read(joint(later, CPU).checkpoint).trained_on == known
 
 
-def test_the_start_is_one_checkpoint_for_all_workers(jointly: Jointly, begun: Path) -> None:
+def test_the_start_is_one_checkpoint_for_all_workers(hybrid_config: HybridConfig, base_root: Path) -> None:
     """By name, each would look for the newest of a run that perhaps goes on."""
-    config = launch.check(jointly("a"), "hybrid", launch.Joint.sections)
-    assert config.trm.init_from == str(newest(begun / "runs/begun/checkpoints").folder)
+    config = launch.check(hybrid_config("a"), "hybrid", launch.Joint.sections)
+    assert config.trm.init_from == str(newest(base_root / "runs/base/checkpoints").folder)
 
 
 def test_a_frozen_model_may_have_moved_when_a_run_is_resumed(
-    jointly: Jointly, tmp_path: Path
+    hybrid_config: HybridConfig, tmp_path: Path
 ) -> None:
     model, tokenizer = tiny_random(torch.float32)
     for place in ("one", "two"):
         model.save_pretrained(tmp_path / place)
         tokenizer.save_pretrained(tmp_path / place)
-    first = jointly("a", llama={"model": str(tmp_path / "one")}, training={"steps": 1})
+    first = hybrid_config("a", llama={"model": str(tmp_path / "one")}, training={"steps": 1})
     joint(first, CPU)
-    moved = jointly("a", llama={"model": str(tmp_path / "two")}, training={"steps": 2})
+    moved = hybrid_config("a", llama={"model": str(tmp_path / "two")}, training={"steps": 2})
     assert joint(moved, CPU).step == 2
     with torch.no_grad():
         model.model.embed_tokens.weight.add_(1)
@@ -208,10 +208,10 @@ def test_a_frozen_model_may_have_moved_when_a_run_is_resumed(
         joint(longer, CPU)
 
 
-def test_a_hybrid_begins_with_the_trm_inside_another_hybrid(jointly: Jointly) -> None:
-    first = jointly("first", training={"steps": 2})
+def test_a_hybrid_begins_with_the_trm_inside_another_hybrid(hybrid_config: HybridConfig) -> None:
+    first = hybrid_config("first", training={"steps": 2})
     ema = read(joint(first, CPU).checkpoint).tensors("ema")
-    state = started(jointly("second", trm={"init_from": first.logging.run}))
+    state = started(hybrid_config("second", trm={"init_from": first.logging.run}))
     for name, value in ema.items():
         if name.startswith("trm."):
             assert torch.equal(state[name.removeprefix("trm.")], value), name
@@ -224,16 +224,16 @@ def test_a_hybrid_begins_with_the_trm_inside_another_hybrid(jointly: Jointly) ->
         ({"hidden_size": 16, "puzzle_emb_ndim": 16}, "trm.hidden_size 32 there, 16 here"),
         ({"L_cycles": 2}, "trm.L_cycles 1 there, 2 here"),
         ({"puzzle_emb_ndim": 0}, "trm.puzzle_emb_ndim 32 there, 0 here"),
-        ({"init_from": "begum"}, "trm.init_from: begum is no run with a checkpoint in"),
+        ({"init_from": "basse"}, "trm.init_from: basse is no run with a checkpoint in"),
     ],
 )
 def test_a_start_that_does_not_fit_is_refused_before_anything_is_written(
-    jointly: Jointly, loop: Any, trm: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+    hybrid_config: HybridConfig, loop: Any, trm: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """puzzle_emb_ndim=0 would drop task identity without a word."""
     many = {"training": {"batch_size": 1000}, "cluster": {"num_workers": 1000}}
     monkeypatch.setattr("hybrid.cluster.trainer.fit", None)  # called, it would raise
-    config = jointly("a", trm=trm, **many)
+    config = hybrid_config("a", trm=trm, **many)
     with pytest.raises(UserError, match=r"trm\.init_from") as error:
         getattr(launch, loop.__name__)(config)
     assert says in str(error.value)
@@ -241,24 +241,24 @@ def test_a_start_that_does_not_fit_is_refused_before_anything_is_written(
 
 
 def test_what_a_run_began_with_may_be_gone_when_it_is_resumed(
-    jointly: Jointly, begun: Path
+    hybrid_config: HybridConfig, base_root: Path
 ) -> None:
-    shutil.copytree(begun / "runs/begun", begun / "runs/fleeting")
-    config = jointly("a", trm={"init_from": "fleeting"}, training={"steps": 1})
-    whole = jointly("whole", training={"steps": 2})
+    shutil.copytree(base_root / "runs/base", base_root / "runs/fleeting")
+    config = hybrid_config("a", trm={"init_from": "fleeting"}, training={"steps": 1})
+    whole = hybrid_config("whole", training={"steps": 2})
     joint(config, CPU)
     joint(whole, CPU)
-    shutil.rmtree(begun / "runs/fleeting")
+    shutil.rmtree(base_root / "runs/fleeting")
     longer = replace(config, training=replace(config.training, steps=2))
     assert_close(folder(whole, 2), joint(longer, CPU).checkpoint, 0, 0)
 
 
 @pytest.mark.parametrize("kind", ["trm", "hybrid"])
 def test_a_frozen_trunk_stays_to_the_bit_while_puzzles_are_learned(
-    jointly: Jointly, kind: str
+    hybrid_config: HybridConfig, kind: str
 ) -> None:
     training = {"steps": 8, "save_every": 1, "freeze_weights_fraction": 0.25, "lr_warmup_steps": 0}
-    config = jointly("a", training=training)
+    config = hybrid_config("a", training=training)
     loop: Callable[..., Result] = joint if kind == "hybrid" else pretrain
     loop(config, CPU)
     new = started(config)
@@ -281,17 +281,17 @@ def test_a_frozen_trunk_stays_to_the_bit_while_puzzles_are_learned(
 
 
 @pytest.mark.parametrize("source", ["vote", "demos"])
-def test_feedback_that_training_cannot_have_is_refused(jointly: Jointly, source: str) -> None:
-    config = jointly("a", feedback={"source": source})
+def test_feedback_that_training_cannot_have_is_refused(hybrid_config: HybridConfig, source: str) -> None:
+    config = hybrid_config("a", feedback={"source": source})
     with pytest.raises(UserError, match=rf"feedback\.source={source} is for evaluation"):
         launch.joint(config)
     assert not config.run_folder.exists()
 
 
-def test_a_run_of_the_other_kind_is_refused(jointly: Jointly, begun: Path) -> None:
-    hybrid = jointly("a", training={"steps": 1})
+def test_a_run_of_the_other_kind_is_refused(hybrid_config: HybridConfig, base_root: Path) -> None:
+    hybrid = hybrid_config("a", training={"steps": 1})
     joint(hybrid, CPU)
-    trm = hybrid_of(begun, logging={"run": "begun"})
+    trm = hybrid_of(base_root, logging={"run": "base"})
     for loop, config, says in (
         (launch.joint, trm, "holds a run of kind trm, not hybrid"),
         (launch.pretrain, hybrid, "holds a run of kind hybrid, not trm"),
@@ -300,8 +300,8 @@ def test_a_run_of_the_other_kind_is_refused(jointly: Jointly, begun: Path) -> No
             loop(config)
 
 
-def test_another_reader_in_an_old_run_is_refused(jointly: Jointly) -> None:
-    config = jointly("a", training={"steps": 1})
+def test_another_reader_in_an_old_run_is_refused(hybrid_config: HybridConfig) -> None:
+    config = hybrid_config("a", training={"steps": 1})
     joint(config, CPU)
     for section, change in (
         ("llama", {"max_prompt_tokens": 99}),
@@ -315,12 +315,12 @@ def test_another_reader_in_an_old_run_is_refused(jointly: Jointly) -> None:
 
 
 def test_the_same_name_for_other_weights_is_refused_on_resuming(
-    jointly: Jointly, tmp_path: Path
+    hybrid_config: HybridConfig, tmp_path: Path
 ) -> None:
     model, tokenizer = tiny_random(torch.float32)
     tokenizer.save_pretrained(tmp_path / "model")
     model.save_pretrained(tmp_path / "model")
-    config = jointly("a", llama={"model": str(tmp_path / "model")}, training={"steps": 1})
+    config = hybrid_config("a", llama={"model": str(tmp_path / "model")}, training={"steps": 1})
     joint(config, CPU)
     longer = replace(config, training=replace(config.training, steps=2))
     with torch.no_grad():
@@ -331,8 +331,8 @@ def test_the_same_name_for_other_weights_is_refused_on_resuming(
     assert not folder(config, 2).exists()
 
 
-def test_a_diverged_step_moves_nothing(jointly: Jointly) -> None:
-    config = jointly("a", training={"steps": 1})
+def test_a_diverged_step_moves_nothing(hybrid_config: HybridConfig) -> None:
+    config = hybrid_config("a", training={"steps": 1})
     good = joint(config, CPU).checkpoint
 
     def blow_up(found: dict[str, Tensor]) -> None:

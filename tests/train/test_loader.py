@@ -60,7 +60,7 @@ def empty() -> dict[str, Tensor]:
     }
 
 
-def feed_of(
+def loader_of(
     rounds: Iterator[Rows], first: int = 0, rows_consumed: Tensor | None = None
 ) -> SlotLoader:
     if rows_consumed is None:
@@ -68,8 +68,8 @@ def feed_of(
     return SlotLoader(rounds, first, rows_consumed, empty()["side"])
 
 
-def refill(feed: SlotLoader, current: dict[str, Tensor], halted: list[bool]) -> dict[str, Tensor]:
-    return feed.refill(carry_of(current, halted), torch.tensor(halted))
+def refill(loader: SlotLoader, current: dict[str, Tensor], halted: list[bool]) -> dict[str, Tensor]:
+    return loader.refill(carry_of(current, halted), torch.tensor(halted))
 
 
 @settings(deadline=None, max_examples=60)
@@ -78,16 +78,16 @@ def test_halted_slots_take_their_next_row_whatever_the_others_do(
     pattern: Halting, interruption: int
 ) -> None:
     """Against counting by hand; the run is interrupted once and resumed from `taken`."""
-    feed = feed_of(Rounds())
+    loader = loader_of(Rounds())
     current, expected = empty(), [0] * SLOTS  # rows taken, by slot
     for step, halted in enumerate([[True] * SLOTS, *pattern]):
         if step == interruption:
-            first = int(feed.rows_consumed.min())
-            feed = SlotLoader(Rounds(first), first, feed.rows_consumed.clone(), current["side"])
+            first = int(loader.rows_consumed.min())
+            loader = SlotLoader(Rounds(first), first, loader.rows_consumed.clone(), current["side"])
         before = {name: value.clone() for name, value in current.items()}
-        batch = refill(feed, current, halted)
+        batch = refill(loader, current, halted)
         expected = [n + h for n, h in zip(expected, halted, strict=True)]
-        assert feed.rows_consumed.tolist() == expected
+        assert loader.rows_consumed.tolist() == expected
         assert batch["inputs"].tolist() == [[slot, expected[slot] - 1] for slot in range(SLOTS)]
         assert batch["side"].tolist() == [(n - 1) % 7 for n in expected]
         for name, value in batch.items():
@@ -100,18 +100,18 @@ def test_halted_slots_take_their_next_row_whatever_the_others_do(
 @given(halting)
 def test_no_more_rounds_are_held_than_slots_are_apart(pattern: Halting) -> None:
     rounds = Rounds()
-    feed = feed_of(rounds)
+    loader = loader_of(rounds)
     current = empty()
     for halted in [[True] * SLOTS, *pattern]:
-        current = refill(feed, current, halted)
-        fastest, slowest = int(feed.rows_consumed.max()), int(feed.rows_consumed.min())
-        assert len(feed.held) == fastest - slowest
+        current = refill(loader, current, halted)
+        fastest, slowest = int(loader.rows_consumed.max()), int(loader.rows_consumed.min())
+        assert len(loader.held) == fastest - slowest
         assert rounds.next == fastest, "rounds were made that nobody has asked for"
 
 
 def test_padding_is_not_a_label() -> None:
-    feed = feed_of(Rounds())
-    batch = refill(feed, empty(), [True] * SLOTS)
+    loader = loader_of(Rounds())
+    batch = refill(loader, empty(), [True] * SLOTS)
     assert batch["labels"].tolist() == [[IGNORE, 5]] * SLOTS
 
 
@@ -121,10 +121,10 @@ def test_a_row_without_labels_is_never_handed_out() -> None:
             rows["labels"][2] = 0
             yield rows
 
-    feed = feed_of(silent())
-    refill(feed, empty(), [True, True, False, True])
+    loader = loader_of(silent())
+    refill(loader, empty(), [True, True, False, True])
     with pytest.raises(AssertionError, match="a training row without labels"):
-        refill(feed, empty(), [False, False, True, False])
+        refill(loader, empty(), [False, False, True, False])
 
 
 def test_it_says_how_long_it_has_waited_for_rounds() -> None:
@@ -133,10 +133,10 @@ def test_it_says_how_long_it_has_waited_for_rounds() -> None:
             time.sleep(0.05)
             return super().__next__()
 
-    feed = feed_of(Slow())
+    loader = loader_of(Slow())
     for rounds in (1, 2):
-        refill(feed, empty(), [True] * SLOTS)
-        assert feed.waited >= 0.05 * rounds
-    waited = feed.waited
-    refill(feed, empty(), [False] * SLOTS)
-    assert feed.waited == waited, "nothing was taken"
+        refill(loader, empty(), [True] * SLOTS)
+        assert loader.waited >= 0.05 * rounds
+    waited = loader.waited
+    refill(loader, empty(), [False] * SLOTS)
+    assert loader.waited == waited, "nothing was taken"

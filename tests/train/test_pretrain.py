@@ -29,7 +29,7 @@ from hybrid.train.state import trained_on
 from hybrid.train.tracking import read_metrics
 from hybrid.trm import TRM
 
-GoingOn = Callable[..., Config]
+CopyRun = Callable[..., Config]
 Train = Callable[[Config], Result]
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -43,11 +43,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_architecture_trains_and_resumes(begun: Path, train: Train, name: str) -> None:
+def test_every_architecture_trains_and_resumes(base_root: Path, train: Train, name: str) -> None:
     def run(run: str, steps: int) -> Path:
         logged = {"run": f"{run} {name}"}
         config = config_of(
-            begun, trm=ARCHITECTURES[name], training={"steps": steps}, logging=logged
+            base_root, trm=ARCHITECTURES[name], training={"steps": steps}, logging=logged
         )
         return train(config).checkpoint
 
@@ -60,20 +60,20 @@ def test_every_architecture_trains_and_resumes(begun: Path, train: Train, name: 
             assert torch.equal(a[key], b[key]), (path.name, key)
 
 
-def test_length_in_epochs_is_enough_steps_to_offer_every_row(begun: Path) -> None:
-    dataset = Dataset.open(config_of(begun).data_folder)
+def test_length_in_epochs_is_enough_steps_to_offer_every_row(base_root: Path) -> None:
+    dataset = Dataset.open(config_of(base_root).data_folder)
     rows = len(Stream(dataset, 0))
     assert rows == dataset.meta["counts"]["training_pairs"] == 27
     for epochs, steps in ((1, 5), (2, 9), (0.1, 1), (4, 18)):
-        config = config_of(begun, training={"steps": None, "epochs": epochs})
+        config = config_of(base_root, training={"steps": None, "epochs": epochs})
         assert total_steps(config, rows) == steps
     with pytest.raises(UserError, match=r"training\.steps or training\.epochs"):
-        total_steps(config_of(begun, training={"steps": None}), rows)
+        total_steps(config_of(base_root, training={"steps": None}), rows)
 
 
-def test_metrics_say_what_happened(going_on: GoingOn, train: Train) -> None:
+def test_metrics_say_what_happened(copy_run: CopyRun, train: Train) -> None:
     """Every second step a line: means over rows that ended, losses over rows asked."""
-    config = going_on("a", training={"steps": 8, "save_every": 100}, logging={"every": 2})
+    config = copy_run("a", training={"steps": 8, "save_every": 100}, logging={"every": 2})
     train(config)
     lines = [line for line in metrics(config.run_folder) if "loss" in line]
     assert [line["step"] for line in lines] == [1, 2, 4, 6, 8]
@@ -89,7 +89,7 @@ def test_metrics_say_what_happened(going_on: GoingOn, train: Train) -> None:
 
 
 def test_probes_see_the_averaged_weights_and_training_does_not(
-    going_on: GoingOn, train: Train, monkeypatch: pytest.MonkeyPatch
+    copy_run: CopyRun, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[dict[str, torch.Tensor]] = []
 
@@ -100,15 +100,15 @@ def test_probes_see_the_averaged_weights_and_training_does_not(
     monkeypatch.setitem(
         Pretraining.predict_training_pairs.__globals__, "predict_rows", read_predictions
     )
-    folder = train(going_on("a", training={"steps": 3})).checkpoint
+    folder = train(copy_run("a", training={"steps": 3})).checkpoint
     ema, last = (load_file(folder / f"{name}.safetensors") for name in ("ema", "model"))
     assert len(seen) == 1
     for name, value in seen[0].items():
         assert torch.equal(value, ema[name]) and not torch.equal(value, last[name]), name
 
 
-def test_a_checkpoint_says_what_it_is(going_on: GoingOn, train: Train) -> None:
-    config = going_on("a", training={"steps": 2})
+def test_a_checkpoint_says_what_it_is(copy_run: CopyRun, train: Train) -> None:
+    config = copy_run("a", training={"steps": 2})
     checkpoint = read(train(config).checkpoint)
     dataset = Dataset.open(config.data_folder)
     assert checkpoint.state["dataset"]["fingerprint"] == dataset.fingerprint
@@ -118,8 +118,8 @@ def test_a_checkpoint_says_what_it_is(going_on: GoingOn, train: Train) -> None:
     assert pairs == trained_on(dataset) and len(pairs) == len(set(pairs)) == 27
 
 
-def test_logs_go_to_the_run_folder_and_nowhere_else_after(going_on: GoingOn, train: Train) -> None:
-    config = going_on("a", training={"steps": 2})
+def test_logs_go_to_the_run_folder_and_nowhere_else_after(copy_run: CopyRun, train: Train) -> None:
+    config = copy_run("a", training={"steps": 2})
     handlers = list(logging.getLogger("hybrid").handlers)
     train(config)
     assert logging.getLogger("hybrid").handlers == handlers
@@ -140,8 +140,8 @@ def test_progress_is_the_newest_whole_line_with_a_loss(tmp_path: Path) -> None:
     assert _last(path) == lines[-1]
 
 
-def test_the_estimate_is_that_of_the_model_that_will_run(going_on: GoingOn, train: Train) -> None:
-    config = going_on("a", training={"steps": 2})
+def test_the_estimate_is_that_of_the_model_that_will_run(copy_run: CopyRun, train: Train) -> None:
+    config = copy_run("a", training={"steps": 2})
     tensors = load_file(train(config).checkpoint / "ema.safetensors")
     trained = sum(value.numel() for value in tensors.values())
     text = estimate(config, "trm")
@@ -154,7 +154,7 @@ def test_the_estimate_is_that_of_the_model_that_will_run(going_on: GoingOn, trai
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [None, "disabled"])
 def test_wandb_is_offline_by_itself_and_off_when_disabled(
-    going_on: GoingOn,
+    copy_run: CopyRun,
     train: Train,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -165,7 +165,7 @@ def test_wandb_is_offline_by_itself_and_off_when_disabled(
     monkeypatch.delenv("WANDB_MODE", raising=False)
     if mode:
         monkeypatch.setenv("WANDB_MODE", mode)
-    config = going_on("a", training={"steps": 2}, logging={"wandb": True})
+    config = copy_run("a", training={"steps": 2}, logging={"wandb": True})
     train(config)
     written = list((config.run_folder / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(written) == (mode is None)
@@ -211,7 +211,7 @@ def test_a_tiny_model_learns_its_training_pairs(tmp_path: Path, train: Train) ->
     assert accuracies == sorted(accuracies) and accuracies[-1] > 0.2
 
 
-def test_the_share_of_waiting_is_that_of_its_own_steps(begun: Path) -> None:
+def test_the_share_of_waiting_is_that_of_its_own_steps(base_root: Path) -> None:
     """Rows that take long to come are seen, in the lines of the steps that waited for them."""
     slow = 0.1
     waits: list[int] = []
@@ -224,7 +224,7 @@ def test_the_share_of_waiting_is_that_of_its_own_steps(begun: Path) -> None:
                 yield made
 
     config = config_of(
-        begun,
+        base_root,
         training={"steps": 12, "save_every": 12, "train_accuracy_pairs": 0},
         logging={"run": "slow rows", "every": 3},
     )

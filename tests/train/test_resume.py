@@ -28,7 +28,7 @@ from hybrid.dataset.stream import Rows
 from hybrid.errors import UserError
 from hybrid.train import Result, pretrain
 
-GoingOn = Callable[..., Config]
+CopyRun = Callable[..., Config]
 Train = Callable[[Config], Result]
 Start = Callable[..., BaseProcess]
 CPU = LocalContext(torch.device("cpu"))
@@ -67,9 +67,9 @@ def without_probes(config: Config) -> list[dict[str, Any]]:
     return [line for line in metrics(config.run_folder) if "loss" in line]
 
 
-def test_rows_of_the_run_halt_at_different_times(going_on: GoingOn, train: Train) -> None:
+def test_rows_of_the_run_halt_at_different_times(copy_run: CopyRun, train: Train) -> None:
     """Else the tests below would not see a carry or a place in the stream that is lost."""
-    config = going_on("a", training={"steps": 8, "save_every": 1})
+    config = copy_run("a", training={"steps": 8, "save_every": 1})
     train(config)
     for step in (3, 4, 8):
         slots = load_file(folders(config)[step] / "slots_000000_000006.safetensors")
@@ -78,9 +78,9 @@ def test_rows_of_the_run_halt_at_different_times(going_on: GoingOn, train: Train
 
 
 def test_four_steps_are_two_and_a_new_process_and_two(
-    going_on: GoingOn, train: Train, start: Start
+    copy_run: CopyRun, train: Train, start: Start
 ) -> None:
-    whole = going_on("whole", training={"steps": 5, "save_every": 100})
+    whole = copy_run("whole", training={"steps": 5, "save_every": 100})
     train(whole)
     for steps in (3, 5):
         halves = config_of(
@@ -89,7 +89,7 @@ def test_four_steps_are_two_and_a_new_process_and_two(
             logging={"run": "halves"},
         )
         if steps == 3:
-            shutil.copytree(whole.run_folder.parent / "begun", halves.run_folder)
+            shutil.copytree(whole.run_folder.parent / "base", halves.run_folder)
         process = start(pretrain, halves, CPU)
         process.join()
         assert process.exitcode == 0
@@ -100,14 +100,14 @@ def test_four_steps_are_two_and_a_new_process_and_two(
     assert [line["step"] for line in probes] == [0, 1, 3, 5]
 
 
-def test_from_every_checkpoint_the_rest_is_the_same(going_on: GoingOn, train: Train) -> None:
+def test_from_every_checkpoint_the_rest_is_the_same(copy_run: CopyRun, train: Train) -> None:
     """Saved at steps that `logging.every` does not divide: no line may change for it."""
     sections = {"training": {"steps": 8, "save_every": 3}, "logging": {"every": 4}}
-    whole = going_on("whole", **sections)
+    whole = copy_run("whole", **sections)
     train(whole)
     assert list(folders(whole)) == [1, 3, 6, 8]
     for last in (1, 3, 6):
-        again = going_on(f"from-{last}", **sections)
+        again = copy_run(f"from-{last}", **sections)
         shutil.rmtree(again.run_folder)
         shutil.copytree(whole.run_folder, again.run_folder)
         for step, folder in folders(again).items():
@@ -120,10 +120,10 @@ def test_from_every_checkpoint_the_rest_is_the_same(going_on: GoingOn, train: Tr
 
 
 def test_killed_at_any_moment_it_ends_as_if_undisturbed(
-    going_on: GoingOn, train: Train, start: Start
+    copy_run: CopyRun, train: Train, start: Start
 ) -> None:
     sections = {"training": {"steps": 100, "save_every": 3}, "logging": {"every": 2}}
-    whole, killed = going_on("whole", **sections), going_on("killed", **sections)
+    whole, killed = copy_run("whole", **sections), copy_run("killed", **sections)
     train(whole)
     delays: list[float] = []
     while len(delays) < 3:
@@ -144,10 +144,10 @@ def test_killed_at_any_moment_it_ends_as_if_undisturbed(
 
 
 def test_a_step_has_one_line_of_each_kind_whatever_happened(
-    going_on: GoingOn, train: Train
+    copy_run: CopyRun, train: Train
 ) -> None:
     """Also when a run dies before its first checkpoint and starts afresh, in a torn line."""
-    config = going_on("a", training={"steps": 5})
+    config = copy_run("a", training={"steps": 5})
     shutil.rmtree(config.run_folder)
     train(config)
     first = metrics(config.run_folder)
@@ -161,9 +161,9 @@ def test_a_step_has_one_line_of_each_kind_whatever_happened(
     assert [line["step"] for line in first if "loss" in line] == [1, 2, 3, 4, 5]
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(going_on: GoingOn, train: Train) -> None:
+def test_a_damaged_newest_checkpoint_is_passed_over(copy_run: CopyRun, train: Train) -> None:
     """And with one checkpoint kept, what replaces it is not thrown away for it."""
-    whole, config = (going_on(name, training={"steps": 7}) for name in ("whole", "damaged"))
+    whole, config = (copy_run(name, training={"steps": 7}) for name in ("whole", "damaged"))
     train(whole)
     train(config)
     path = folders(config)[7] / "optimizer.safetensors"
@@ -181,9 +181,9 @@ def test_a_damaged_newest_checkpoint_is_passed_over(going_on: GoingOn, train: Tr
     assert without_probes(config) == without_probes(whole)
 
 
-def test_a_partial_checkpoint_is_ignored_and_removed(going_on: GoingOn, train: Train) -> None:
+def test_a_partial_checkpoint_is_ignored_and_removed(copy_run: CopyRun, train: Train) -> None:
     """One of the next step too, by more workers: nothing of it may get into the new one."""
-    config = going_on("a", training={"steps": 2})
+    config = copy_run("a", training={"steps": 2})
     checkpoints = config.run_folder / "checkpoints"
     for step in (2, 9):
         partial = checkpoints / f"step_{step:08d}.partial"
@@ -196,7 +196,7 @@ def test_a_partial_checkpoint_is_ignored_and_removed(going_on: GoingOn, train: T
     assert sorted(p.name for p in checkpoints.iterdir()) == ["step_00000001", "step_00000002"]
 
 
-def test_the_stream_is_resumed_where_the_slowest_slot_is(going_on: GoingOn, train: Train) -> None:
+def test_the_stream_is_resumed_where_the_slowest_slot_is(copy_run: CopyRun, train: Train) -> None:
     """Rows that every slot has had are not made again: late in a run they are millions."""
     firsts: list[int] = []
 
@@ -205,7 +205,7 @@ def test_the_stream_is_resumed_where_the_slowest_slot_is(going_on: GoingOn, trai
             firsts.append(first)
             return super().rounds(stream, slots, total, first)
 
-    config = going_on("a", training={"steps": 12})
+    config = copy_run("a", training={"steps": 12})
     folder = train(config).checkpoint
     longer = replace(config, training=replace(config.training, steps=13))
     pretrain(longer, Listening(CPU.device))
@@ -213,8 +213,8 @@ def test_the_stream_is_resumed_where_the_slowest_slot_is(going_on: GoingOn, trai
     assert firsts == [slowest] and slowest > 0
 
 
-def test_a_changed_key_is_named_with_both_values(going_on: GoingOn, train: Train) -> None:
-    config = going_on("a", trm={"hidden_size": 16, "puzzle_emb_ndim": 16}, training={"lr": 0.002})
+def test_a_changed_key_is_named_with_both_values(copy_run: CopyRun, train: Train) -> None:
+    config = copy_run("a", trm={"hidden_size": 16, "puzzle_emb_ndim": 16}, training={"lr": 0.002})
     with pytest.raises(UserError) as error:
         train(config)
     for part in (config.logging.run, "trm.hidden_size: 32 -> 16", "training.lr: 0.0001 -> 0.002"):
@@ -223,35 +223,35 @@ def test_a_changed_key_is_named_with_both_values(going_on: GoingOn, train: Train
     assert list(folders(config)) == [1]
 
 
-def test_another_dataset_is_refused(going_on: GoingOn, train: Train, tmp_path: Path) -> None:
-    config = going_on("a", data={"seed": 1}, paths={"data": str(tmp_path / "other")})
+def test_another_dataset_is_refused(copy_run: CopyRun, train: Train, tmp_path: Path) -> None:
+    config = copy_run("a", data={"seed": 1}, paths={"data": str(tmp_path / "other")})
     prepare(config.data, config.data_folder, lambda line: None)
     with pytest.raises(UserError, match=r"holds a run on another dataset than .*other"):
         train(config)
 
 
 def test_other_answers_are_the_same_dataset(
-    begun: Path, going_on: GoingOn, train: Train, tmp_path: Path, arc1: dict[str, Task]
+    base_root: Path, copy_run: CopyRun, train: Train, tmp_path: Path, arc1: dict[str, Task]
 ) -> None:
     """Correcting an answer that no model sees must not cost the run."""
-    config = going_on("a", training={"steps": 2}, paths={"data": str(tmp_path / "other")})
-    asked = [arc1[path.stem] for path in (begun / "evaluation").iterdir()]
-    write_tasks(begun / "evaluation", map(poison, asked))
+    config = copy_run("a", training={"steps": 2}, paths={"data": str(tmp_path / "other")})
+    asked = [arc1[path.stem] for path in (base_root / "evaluation").iterdir()]
+    write_tasks(base_root / "evaluation", map(poison, asked))
     try:
         prepare(config.data, config.data_folder, lambda line: None)
     finally:
-        write_tasks(begun / "evaluation", asked)
+        write_tasks(base_root / "evaluation", asked)
     assert train(config).step == 2
 
 
-def test_old_checkpoints_are_pruned(going_on: GoingOn, train: Train) -> None:
-    config = going_on("a", training={"steps": 7, "keep_checkpoints": 2})
+def test_old_checkpoints_are_pruned(copy_run: CopyRun, train: Train) -> None:
+    config = copy_run("a", training={"steps": 7, "keep_checkpoints": 2})
     train(config)
     assert list(folders(config)) == [6, 7]
 
 
-def test_a_finished_run_is_left_alone(going_on: GoingOn, train: Train) -> None:
-    config = going_on("a", training={"steps": 3})
+def test_a_finished_run_is_left_alone(copy_run: CopyRun, train: Train) -> None:
+    config = copy_run("a", training={"steps": 3})
     first = train(config)
     written = (config.run_folder / "metrics.jsonl").read_text()
     assert train(config) == first
@@ -259,8 +259,8 @@ def test_a_finished_run_is_left_alone(going_on: GoingOn, train: Train) -> None:
     assert first.untrained is not None and first.trained is not None
 
 
-def test_a_diverged_run_stops_and_says_where(going_on: GoingOn, train: Train) -> None:
-    config = going_on("a", training={"steps": 9})
+def test_a_diverged_run_stops_and_says_where(copy_run: CopyRun, train: Train) -> None:
+    config = copy_run("a", training={"steps": 9})
 
     def blow_up(tensors: dict[str, torch.Tensor]) -> None:
         tensors["lm_head.weight"].fill_(1e38)
@@ -276,8 +276,8 @@ def test_a_diverged_run_stops_and_says_where(going_on: GoingOn, train: Train) ->
     assert "Diverged: step 2" in (config.run_folder / "train_0.log").read_text()
 
 
-def test_a_checkpoint_holds_nothing_pickled(going_on: GoingOn, train: Train) -> None:
-    folder = train(going_on("a", training={"steps": 2})).checkpoint
+def test_a_checkpoint_holds_nothing_pickled(copy_run: CopyRun, train: Train) -> None:
+    folder = train(copy_run("a", training={"steps": 2})).checkpoint
     assert {path.name for path in folder.iterdir()} == WRITTEN.keys()
     for path in folder.glob("*.safetensors"):
         assert load_file(path)

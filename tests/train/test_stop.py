@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ASKED, TRAINED, assert_close, config_of, hybrid_of, metrics, write_tasks
+from helpers import EVALUATED, TRAINED, assert_close, config_of, hybrid_of, metrics, write_tasks
 
 from hybrid.arc import Task
 from hybrid.checkpoint import newest, read
@@ -30,7 +30,7 @@ Job = Callable[..., Popen]
 def root(tmp_path_factory: pytest.TempPathFactory, arc1: dict[str, Task]) -> Path:
     root = tmp_path_factory.mktemp("stopped")
     write_tasks(root / "training", [arc1[task] for task in TRAINED])
-    write_tasks(root / "evaluation", [arc1[task] for task in ASKED])
+    write_tasks(root / "evaluation", [arc1[task] for task in EVALUATED])
     config = experiment(root, "unused")
     prepare(config.data, config.data_folder, say=lambda line: None)
     return root
@@ -155,7 +155,7 @@ def test_the_second_signal_ends_a_run_at_once(root: Path, job: Job, number: sign
     (root / f"{config.logging.run}.yaml").write_text(dump(config))
     process = job("pretrain", config)
     log = config.run_folder / "train_0.log"
-    while not (log.exists() and "fresh" in log.read_text()):
+    while not (log.exists() and "new run" in log.read_text()):
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     process.send_signal(number)

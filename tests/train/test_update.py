@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import feed_of, next_batch
+from helpers import loader_of, next_batch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,11 +22,11 @@ from hybrid.dataset import Dataset, Stream
 from hybrid.train import Result, TrainState, update
 from hybrid.train.loader import SlotLoader
 from hybrid.train.pretrain import train_step
-from hybrid.train.state import fresh
+from hybrid.train.state import create_state
 from hybrid.train.update import Diverged
-from hybrid.trm import TRM, AdamAtan2, ExponentialMovingAverage, TRMConfig, upstream
+from hybrid.trm import TRM, TRMConfig, upstream
 
-GoingOn = Callable[..., Config]
+CopyRun = Callable[..., Config]
 Train = Callable[[Config], Result]
 CPU = LocalContext(torch.device("cpu"))
 
@@ -66,19 +66,8 @@ def test_six_steps_are_the_published_trainers(golden: Path) -> None:
 
 
 def state_of(model: TRM, config: TrainingConfig, batch: dict[str, Tensor]) -> TrainState:
-    weights = dict(model.named_parameters())
-    return TrainState(
-        step=0,
-        model=model,
-        optimizer=AdamAtan2(
-            weights, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
-        ),
-        ema=ExponentialMovingAverage(weights, config.ema_rate),
-        slots=range(len(batch["inputs"])),
-        carry=model.initial_carry(batch),
-        rows_consumed=torch.zeros(len(batch["inputs"]), dtype=torch.int64),
-        trained_on=[],
-    )
+    slots = range(len(batch["inputs"]))
+    return TrainState.create(model, config, slots, model.initial_carry(batch), trained_on=[])
 
 
 @pytest.mark.parametrize("micro", [None, 3])
@@ -96,11 +85,11 @@ def test_a_step_reads_the_device_once(monkeypatch: pytest.MonkeyPatch, micro: in
     batch = {"inputs": tokens, "labels": tokens, "puzzle_identifiers": rows, "side": rows}
     config = TrainingConfig(batch_size=4, micro_batch_size=micro)
     state = state_of(trm.to("meta"), config, batch)
-    feed = SlotLoader(
+    loader = SlotLoader(
         iter(blank_rounds()), 0, state.rows_consumed, torch.zeros(4, dtype=torch.int32)
     )
     for _ in range(2):
-        sums = train_step(state, next_batch(feed, state), config, 9, meta)
+        sums = train_step(state, next_batch(loader, state), config, 9, meta)
     assert state.step == 2 and state.carry.halted.is_meta
     assert all(value.is_meta for value in sums.values())
     with pytest.raises(NotImplementedError):
@@ -130,15 +119,15 @@ def to_anywhere(tensor: Tensor, *args: Any, **keys: Any) -> Tensor:
 
 
 @pytest.fixture
-def state(begun: Path, going_on: GoingOn) -> tuple[TrainState, dict[str, Tensor], Config]:
+def state(base_root: Path, copy_run: CopyRun) -> tuple[TrainState, dict[str, Tensor], Config]:
     """A state before its first step, and that step's batch."""
-    config = going_on("state")
+    config = copy_run("state")
     dataset = Dataset.open(config.data_folder)
-    state = fresh(config, dataset, range(6), CPU.device)
+    state = create_state(config, dataset, range(6), CPU.device)
     rounds = CPU.rounds(Stream(dataset, 0), range(6), 6, 0)
     return (
         state,
-        next_batch(feed_of(state, rounds), state),
+        next_batch(loader_of(state, rounds), state),
         config,
     )
 
@@ -188,9 +177,9 @@ def test_nothing_moves_when_anything_is_not_finite(
 
 
 def test_only_trained_weights_and_the_rows_that_were_seen_move(
-    going_on: GoingOn, train: Train, begun: Path
+    copy_run: CopyRun, train: Train, base_root: Path
 ) -> None:
-    config = going_on("a", training={"steps": 3})
+    config = copy_run("a", training={"steps": 3})
     folder = train(config).checkpoint
     first = config.run_folder / "checkpoints" / "step_00000001"
     after, before = (load_file(path / "model.safetensors") for path in (folder, first))

@@ -16,9 +16,9 @@ from hybrid.errors import UserError
 from hybrid.train import Result
 from hybrid.train.update import exploration
 
-GoingOn = Callable[..., Config]
+CopyRun = Callable[..., Config]
 Train = Callable[[Config], Result]
-Together = Callable[..., None]
+TrainOnTwo = Callable[..., None]
 
 SIX_STEPS = {"steps": 7, "save_every": 3}
 
@@ -28,14 +28,14 @@ def folder(config: Config, step: int) -> Path:
 
 
 def test_one_and_two_workers_and_every_change_between_them_agree(
-    going_on: GoingOn, train: Train, together: Together
+    copy_run: CopyRun, train: Train, train_on_two: TrainOnTwo
 ) -> None:
     """The run was begun by one worker, so `two` is a change from one to two already."""
-    one, two, back = (going_on(name, training=SIX_STEPS) for name in ("one", "two", "back"))
+    one, two, back = (copy_run(name, training=SIX_STEPS) for name in ("one", "two", "back"))
     train(one)
-    together(two)
+    train_on_two(two)
     rows_consumed = tensors(folder(one, 7))["rows_consumed"]
-    assert len(set(rows_consumed.tolist())) > 1, "all rows halted together: nothing was tried"
+    assert len(set(rows_consumed.tolist())) > 1, "all rows halted train_on_two: nothing was tried"
     parts = ["slots_000000_000003.safetensors", "slots_000003_000006.safetensors"]
     assert sorted(path.name for path in folder(two, 7).glob("slots_*")) == parts
     for step in (3, 6, 7):
@@ -51,11 +51,11 @@ def test_one_and_two_workers_and_every_change_between_them_agree(
 
 
 def test_gradients_are_summed_over_workers_not_averaged(
-    going_on: GoingOn, train: Train, together: Together, monkeypatch: pytest.MonkeyPatch
+    copy_run: CopyRun, train: Train, train_on_two: TrainOnTwo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """AdamW behind clipping sees the scale that Adam-atan2 and sign-SGD hide."""
-    one, two = (going_on(name, training={"steps": 3, "save_every": 1}) for name in ("one", "two"))
-    together(two, adamw=True)
+    one, two = (copy_run(name, training={"steps": 3, "save_every": 1}) for name in ("one", "two"))
+    train_on_two(two, adamw=True)
     monkeypatch.setattr("hybrid.train.state.AdamAtan2", ClippedAdamW)
     train(one)
     for step in (2, 3):
