@@ -14,7 +14,7 @@ Link = tuple[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Overlap:
-    """Sorted links between training and evaluation tasks with common content, whatever their ids.
+    """Sorted links between training and evaluation tasks with common content, regardless of ids.
 
     `leaks`: a pair of the training task is a test of the evaluation task, so a model trained on
     it has seen the answer. `identical`: the same pairs, in any order and train/test split.

@@ -20,7 +20,7 @@ def test_decoding_matches_the_published_code(golden: Path) -> None:
         expected = recorded["crops_flat"][ends[i] : ends[i + 1]].reshape(recorded["shapes"][i])
         decoded = tokens_to_grid(recorded["grids"][i])
         assert decoded.dtype == np.uint8
-        # An empty rectangle is (0, 0) here, whatever sides the published code recorded.
+        # An empty rectangle is (0, 0) here, regardless of the recorded sides.
         assert decoded.shape == (expected.shape if expected.size else (0, 0)), (i, kind)
         assert decoded.tobytes() == expected.tobytes(), (i, kind)
 

@@ -1,4 +1,4 @@
-"""Canvas selection: the canvas depends only on what is visible of a task, and its rows fit it."""
+"""Canvas selection: the canvas depends only on visible grids, and rows fit it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Contamination checks: no evaluated test pair is trained on, whatever its task id."""
+"""Contamination checks: no evaluated test pair is trained on, regardless of task id."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def test_tests_of_evaluation_tasks_are_not_training_pairs(
     assert meta["counts"]["evaluation_outputs"] == 5
 
 
-def test_answers_do_not_affect_what_a_model_sees(
+def test_answers_do_not_affect_model_inputs(
     configure: Configure, tmp_path: Path, arc1: Arc
 ) -> None:
     """Replace every answer by garbage, some larger than the canvas, and compare the datasets."""
