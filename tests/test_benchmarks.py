@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,8 @@ def test_commit_is_unknown_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ["plain", "eager", "plain bfloat16", "eager bfloat16"],
         pytest.param(
-            ["compiled", "plain", "compiled bfloat16", "plain compiled"], marks=pytest.mark.slow
+            ["compiled", "plain", "compiled bfloat16", "plain compiled", "compiled static"],
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -116,7 +118,8 @@ def test_steps_measures_every_side(sides: list[str]) -> None:
         acts = 1 if line["what"] == "train" else TINY.halt_max_steps
         assert line["samples/s"] == pytest.approx(4 * acts / line["ms"] * 1000, rel=1e-2)
         compared = line.get("times plain compiled", "")
-        assert bool(compared) == ("plain compiled" in sides and line["side"][-8:] == "compiled")
+        comparable = line["side"] in ("compiled", "plain compiled", "compiled static")
+        assert bool(compared) == ("plain compiled" in sides and comparable)
     assert measure.table(lines).count("\n") == len(lines)
 
 
@@ -146,6 +149,50 @@ def test_alternation_continues_without_a_side_that_runs_out_of_memory() -> None:
 
     seconds = measure.in_turns({"full": full, "small": lambda: None}, rounds=3)
     assert len(seconds.pop("small")) == 3 and not seconds
+
+
+def test_memory_of_a_failed_side_is_free_when_it_is_released(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tensors: list[weakref.ref[torch.Tensor]] = []
+    freed: list[bool] = []
+    state = {"full": torch.zeros(3)}
+
+    def full() -> None:
+        local = torch.zeros(3)
+        tensors.extend((weakref.ref(local), weakref.ref(state["full"])))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(
+        measure, "release_memory", lambda: freed.extend(ref() is None for ref in tensors)
+    )
+    measure.in_turns({"full": full}, rounds=2, drop=state.pop)
+    assert freed == [True, True]
+
+
+def test_side_that_fails_in_training_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    sides: list[weakref.ref[steps.Side]] = []
+    alive: list[bool] = []
+    train = steps.Side.train
+
+    def full(side: steps.Side, batch: dict[str, torch.Tensor]) -> None:
+        if side.plain and side.plain.t == 2:  # after the warm-up
+            sides.append(weakref.ref(side))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        alive.extend(ref() is not None for ref in sides)
+        train(side, batch)
+
+    monkeypatch.setattr(steps.Side, "train", full)
+    lines = steps.compare("tiny", TINY, 4, CPU, ["plain", "eager"], rounds=2, calls=1)
+    assert [line["ms"] for line in lines if line["side"] == "plain"] == ["out of memory"] * 2
+    assert alive and not any(alive)
+
+
+def test_cpu_compares_compiled_with_compiled() -> None:
+    sides = steps.sides_on(CPU)
+    assert {"compiled", "plain compiled"} < set(sides)
+    assert ("compiled bfloat16" in sides) == ("plain compiled bfloat16" in sides)
+    assert "times plain compiled" in steps._columns(sides, CPU)
 
 
 def test_all_sides_train_the_same_weights() -> None:
