@@ -1,4 +1,4 @@
-"""A model that has learned a little, and ways to ask it."""
+"""Slightly trained models and the configs that evaluate them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
-    ASKED,
+    EVALUATED,
     change_weights,
     config_of,
     hybrid_of,
-    scattered,
-    undecided,
+    randomize_halt_head,
+    randomize_puzzle_table,
     write_tasks,
 )
 
@@ -27,17 +27,17 @@ from hybrid.train import joint, pretrain
 
 TRAINED = ("0d3d703e", "74dd1130", "9565186b")
 CANVAS = {"max_side": 3}
-"""Without a margin to predict even a new model answers with grids."""
+"""Without padding to predict, even an untrained model predicts grids."""
 EXACT = {"forward_dtype": "float64"}
-"""The best token is the same however rows are put into batches."""
+"""In float64 the argmax token does not depend on the batch."""
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, arc1: dict[str, Task]) -> Config:
-    """A run of 40 steps with a checkpoint half-way; its answers are many grids, none right."""
+    """A run of 40 steps, checkpoints at 20 and 40; it predicts many grids, none correct."""
     root = tmp_path_factory.mktemp("trained")
     write_tasks(root / "training", [arc1[task] for task in TRAINED])
-    write_tasks(root / "evaluation", [arc1[task] for task in ASKED])
+    write_tasks(root / "evaluation", [arc1[task] for task in EVALUATED])
     training = {"steps": 40, "save_every": 20, "batch_size": 12, "lr": 1e-3, "puzzle_lr": 0.1}
     config = config_of(root, data=CANVAS, trm=EXACT, training=training)
     prepare(config.data, config.data_folder, lambda line: None)
@@ -51,10 +51,8 @@ def checkpoint(trained: Config) -> Checkpoint:
 
 
 @pytest.fixture
-def select_questions(
-    trained: Config, tmp_path: Path, checkpoint: Checkpoint
-) -> Callable[..., Config]:
-    """ask(tasks, evaluation keys): config to ask the trained model, of `tasks` where given."""
+def make_config(trained: Config, tmp_path: Path, checkpoint: Checkpoint) -> Callable[..., Config]:
+    """make_config(tasks, **evaluation): config that evaluates the model, on `tasks` if given."""
 
     def make(tasks: list[Task] | None = None, run: str = "run", **evaluation: Any) -> Config:
         sections: dict[str, dict[str, Any]] = {
@@ -77,10 +75,10 @@ def select_questions(
 
 @pytest.fixture(scope="session")
 def hybrid(tmp_path_factory: pytest.TempPathFactory, arc1: dict[str, Task]) -> Config:
-    """A hybrid of 4 steps, one demonstration of each task held out; rows stop when they like."""
+    """A hybrid of 4 steps, one demonstration per task held out; some rows stop early."""
     root = tmp_path_factory.mktemp("hybrid")
     write_tasks(root / "training", [arc1[task] for task in TRAINED])
-    write_tasks(root / "evaluation", [arc1[task] for task in ASKED])
+    write_tasks(root / "evaluation", [arc1[task] for task in EVALUATED])
     config = hybrid_of(
         root,
         data=CANVAS | {"hold_out_demos": 1},
@@ -91,25 +89,25 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory, arc1: dict[str, Task]) -> C
     )
     prepare(config.data, config.data_folder, lambda line: None)
     checkpoint = joint(config, LocalContext(torch.device("cpu"))).checkpoint
-    change_weights(checkpoint, undecided)
-    change_weights(checkpoint, scattered, ["puzzle_table"])
+    change_weights(checkpoint, randomize_halt_head)
+    change_weights(checkpoint, randomize_puzzle_table, ["puzzle_table"])
     return config
 
 
 @pytest.fixture
-def ask_hybrid(hybrid: Config, tmp_path: Path) -> Callable[..., Config]:
-    """ask_hybrid(run, section={key: value}): config to ask that hybrid."""
+def make_hybrid_config(hybrid: Config, tmp_path: Path) -> Callable[..., Config]:
+    """make_hybrid_config(run, section={key: value}): config that evaluates the hybrid."""
     step = hybrid.run_folder / "checkpoints" / "step_00000004"
 
     def make(run: str = "run", **sections: dict[str, Any]) -> Config:
-        fixed: dict[str, dict[str, Any]] = {
+        defaults: dict[str, dict[str, Any]] = {
             "data": CANVAS | {"hold_out_demos": 1},
             "paths": {"data": hybrid.paths.data, "runs": str(tmp_path / "runs")},
             "llama": {"dtype": "float64"},
             "evaluation": {"checkpoint": str(step)},
             "logging": {"run": run},
         }
-        given = {s: fixed.get(s, {}) | sections.get(s, {}) for s in fixed | sections}
-        return hybrid_of(Path(hybrid.paths.root), **given)
+        merged = {s: defaults.get(s, {}) | sections.get(s, {}) for s in defaults | sections}
+        return hybrid_of(Path(hybrid.paths.root), **merged)
 
     return make

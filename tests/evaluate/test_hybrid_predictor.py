@@ -1,4 +1,4 @@
-"""What a hybrid is asked and told: no answer, no held-out pair, and what an oracle marks."""
+"""Inputs of a hybrid: no answers, no held-out demonstrations, and the marks of the oracle."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
-    ASKED,
+    EVALUATED,
     assert_close,
     change_weights,
     hybrid_of,
     poison,
     predictions,
     quietly,
+    randomize_halt_head,
     recording,
-    undecided,
     write_tasks,
 )
 
@@ -30,36 +30,36 @@ from hybrid.context import LocalContext
 from hybrid.dataset import Dataset, Stream, prepare
 from hybrid.errors import UserError
 from hybrid.evaluate import Job, Outcome, Question, describe, predict_locally
-from hybrid.evaluate.trm_predictor import Prediction
+from hybrid.evaluate.records import Prediction
 from hybrid.llm import Prompt, Reader
 from hybrid.train import joint
 
-Ask = Callable[..., Config]
+MakeConfig = Callable[..., Config]
 Arc = dict[str, Task]
 HONEST = ("none", "confidence", "vote", "demos")
 
 
 @pytest.fixture
 def read_tasks(monkeypatch: pytest.MonkeyPatch) -> list[Task]:
-    """All problems that are made into prompts from now on."""
-    seen: list[Task] = []
+    """Record all problems that are formatted as prompts during the test."""
+    recorded: list[Task] = []
     prompt = Reader.prompt
 
-    def listen(self: Reader, task: Task, test: int = 0) -> Prompt:
-        seen.append(task)
+    def record(self: Reader, task: Task, test: int = 0) -> Prompt:
+        recorded.append(task)
         return prompt(self, task, test)
 
-    monkeypatch.setattr(Reader, "prompt", listen)
-    return seen
+    monkeypatch.setattr(Reader, "prompt", record)
+    return recorded
 
 
 @pytest.fixture(scope="module")
-def fates(tmp_path_factory: pytest.TempPathFactory, arc1: Arc) -> Callable[..., Config]:
-    """fates(name, tasks): prepare and train a hybrid whose evaluation tasks these are."""
-    root = tmp_path_factory.mktemp("fates")
+def train_on(tmp_path_factory: pytest.TempPathFactory, arc1: Arc) -> Callable[..., Config]:
+    """train_on(name, tasks): prepare and train a hybrid with these evaluation tasks."""
+    root = tmp_path_factory.mktemp("train_on")
     write_tasks(root / "training", [arc1["74dd1130"]])
 
-    def live(name: str, tasks: list[Task]) -> Config:
+    def train(name: str, tasks: list[Task]) -> Config:
         write_tasks(root / "evaluation", tasks)
         config = hybrid_of(
             root,
@@ -72,10 +72,12 @@ def fates(tmp_path_factory: pytest.TempPathFactory, arc1: Arc) -> Callable[..., 
             logging={"run": name},
         )
         prepare(config.data, config.data_folder, lambda line: None)
-        change_weights(joint(config, LocalContext(torch.device("cpu"))).checkpoint, undecided)
+        change_weights(
+            joint(config, LocalContext(torch.device("cpu"))).checkpoint, randomize_halt_head
+        )
         return config
 
-    return live
+    return train
 
 
 def with_feedback(config: Config, source: str) -> Config:
@@ -83,40 +85,44 @@ def with_feedback(config: Config, source: str) -> Config:
 
 
 def as_predicted(task: Task, outcome: Outcome) -> Task:
-    """The task with what won after the first attempt, which knows no feedback, for answers."""
+    """Return the task with the winner after attempt 1, before any feedback, as the answer."""
     tests = predictions(outcome.folder)[task.id]["tests"]
     first = [string_to_grid("\n".join(test["curve"][0][0]["grid"])) for test in tests]
     pairs = zip(task.test, first, strict=True)
     return replace(task, test=tuple(replace(pair, output=grid) for pair, grid in pairs))
 
 
-def test_no_answer_reaches_a_prediction_but_by_the_oracle(fates: Any, arc1: Arc) -> None:
-    """End to end, preparing and training included, on real answers, garbage and flattery."""
-    real = [arc1[task] for task in ASKED]
-    clean = fates("clean", real)
-    told = {source: quietly(with_feedback(clean, source)) for source in (*HONEST, "oracle")}
-    worlds = {
+def test_only_the_oracle_lets_answers_change_predictions(train_on: Any, arc1: Arc) -> None:
+    """End to end from preparation, with real, garbage and self-predicted answers."""
+    real = [arc1[task] for task in EVALUATED]
+    clean = train_on("clean", real)
+    outcomes = {source: quietly(with_feedback(clean, source)) for source in (*HONEST, "oracle")}
+    variations = {
         "garbage": [poison(task) for task in real],
-        "flattery": [as_predicted(task, told["none"]) for task in real],
+        "predicted": [as_predicted(task, outcomes["none"]) for task in real],
     }
     step = "checkpoints/step_00000002"
-    for name, tasks in worlds.items():
-        config = fates(name, tasks)
+    for name, tasks in variations.items():
+        config = train_on(name, tasks)
         assert_close(clean.run_folder / step, config.run_folder / step, 0, 0)
         for source in HONEST:
             outcome = quietly(with_feedback(config, source))
-            assert predictions(outcome.folder) == predictions(told[source].folder), source
-            files = [(o.folder / "submission.json").read_bytes() for o in (outcome, told[source])]
+            assert predictions(outcome.folder) == predictions(outcomes[source].folder), source
+            files = [
+                (o.folder / "submission.json").read_bytes() for o in (outcome, outcomes[source])
+            ]
             assert files[0] == files[1], source
         outcome = quietly(with_feedback(config, "oracle"))
-        assert predictions(outcome.folder) != predictions(told["oracle"].folder)
-    assert outcome.results["spent"]["attempts"] < told["none"].results["spent"]["attempts"]
-    attempts = {source: told[source].results["spent"]["attempts"] for source in HONEST}
-    assert attempts["confidence"] < attempts["none"], "nobody stopped early"
+        assert predictions(outcome.folder) != predictions(outcomes["oracle"].folder)
+    assert outcome.results["spent"]["attempts"] < outcomes["none"].results["spent"]["attempts"]
+    attempts = {source: outcomes[source].results["spent"]["attempts"] for source in HONEST}
+    assert attempts["confidence"] < attempts["none"], "no row stopped early"
 
 
-def test_what_an_oracle_touches_is_marked_and_cannot_be_submitted(ask_hybrid: Ask) -> None:
-    outcome = quietly(ask_hybrid(feedback={"source": "oracle"}))
+def test_oracle_results_are_marked_and_have_no_submission(
+    make_hybrid_config: MakeConfig,
+) -> None:
+    outcome = quietly(make_hybrid_config(feedback={"source": "oracle"}))
     assert outcome.folder.name.endswith("-oracle")
     written = {path.name for path in outcome.folder.iterdir()}
     assert written == {"predictions", "results.json", "report.html"}
@@ -124,132 +130,134 @@ def test_what_an_oracle_touches_is_marked_and_cannot_be_submitted(ask_hybrid: As
     assert found["oracle"] is True and "LOOKED AT" in found["protocol"]["feedback"]
     assert all(p["oracle"] is True for p in predictions(outcome.folder).values())
     assert "ORACLE" in describe(outcome.results)
-    honest = quietly(ask_hybrid())
+    honest = quietly(make_hybrid_config())
     assert honest.folder != outcome.folder and honest.results["oracle"] is False
     assert (honest.folder / "submission.json").exists()
     assert all(p["oracle"] is False for p in predictions(honest.folder).values())
 
 
-def test_a_question_has_answers_for_the_oracle_alone(ask_hybrid: Ask, arc1: Arc) -> None:
+def test_only_oracle_questions_hold_answers(make_hybrid_config: MakeConfig, arc1: Arc) -> None:
     for source in (*HONEST, "oracle"):
-        asked: list[Question] = []
-        quietly(ask_hybrid(feedback={"source": source}), recording(asked))
-        assert [question.task.id for question in asked] == sorted(ASKED)
-        for question in asked:
+        questions: list[Question] = []
+        quietly(make_hybrid_config(feedback={"source": source}), recording(questions))
+        assert [question.task.id for question in questions] == sorted(EVALUATED)
+        for question in questions:
             assert all(pair.output is None for pair in question.task.test)
             if source == "oracle":
                 real = [pair.output for pair in arc1[question.task.id].test]
                 assert question.answers is not None
-                for ours, theirs in zip(question.answers, real, strict=True):
-                    assert np.array_equal(ours, theirs)  # type: ignore[arg-type]
+                for answer, output in zip(question.answers, real, strict=True):
+                    assert np.array_equal(answer, output)  # type: ignore[arg-type]
             else:
                 assert question.answers is None
             assert (question.held_out is not None) == (source == "demos")
 
 
-def test_the_oracle_of_a_task_without_answers_is_refused(
-    ask_hybrid: Ask, arc1: Arc, tmp_path: Path
+def test_oracle_without_known_answers_is_rejected(
+    make_hybrid_config: MakeConfig, arc1: Arc, tmp_path: Path
 ) -> None:
     challenges = tmp_path / "x_challenges.json"
-    write_tasks(tmp_path / "unknown", [arc1[task].without_answers() for task in ASKED])
+    write_tasks(tmp_path / "unknown", [arc1[task].without_answers() for task in EVALUATED])
     tasks = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "unknown").iterdir()}
     challenges.write_text(json.dumps(tasks))
     data = {"training": [], "evaluation": [str(challenges)]}
     paths = {"data": str(tmp_path / "unknown-data")}
-    config = ask_hybrid(data=data, paths=paths, feedback={"source": "oracle"})
+    config = make_hybrid_config(data=data, paths=paths, feedback={"source": "oracle"})
     prepare(config.data, config.data_folder, lambda line: None)
     with pytest.raises(UserError, match="the answers of 25ff71a9 are not known"):
         quietly(config)
 
 
-def test_held_out_demonstrations_are_in_no_row_and_no_prompt(
-    hybrid: Config, ask_hybrid: Ask, read_tasks: list[Task]
+def test_held_out_demonstrations_are_in_no_training_row_and_no_prompt(
+    hybrid: Config, make_hybrid_config: MakeConfig, read_tasks: list[Task]
 ) -> None:
     dataset = Dataset.open(hybrid.data_folder)
     held_out = {task: dataset.held_out(task) for task in dataset.evaluated}
     assert {len(pairs) for pairs in held_out.values()} == {1}
-    kept = {pair_hash(pair) for pairs in held_out.values() for pair in pairs}
-    in_views = {
-        pair_hash(replace(pair, input=view.apply(pair.input), output=view.apply(pair.output)))
+    held_out_pairs = {pair_hash(pair) for pairs in held_out.values() for pair in pairs}
+    in_variants = {
+        pair_hash(replace(pair, input=variant.apply(pair.input), output=variant.apply(pair.output)))
         for task, pairs in held_out.items()
-        for view in map(
+        for variant in map(
             dataset.augmentation, range(*dataset.first_variant[task : task + 2].tolist())
         )
         for pair in pairs
     }
-    assert kept <= in_views
-    assert not kept & {pair_hash(pair) for pair in Stream(dataset, 0).pairs}
+    assert held_out_pairs <= in_variants
+    assert not held_out_pairs & {pair_hash(pair) for pair in Stream(dataset, 0).pairs}
     trained = hybrid.run_folder / "checkpoints/step_00000004/trained_on.json"
-    assert not kept & set(json.loads(trained.read_text()))
-    outcome = quietly(ask_hybrid(feedback={"source": "demos"}))
+    assert not held_out_pairs & set(json.loads(trained.read_text()))
+    outcome = quietly(make_hybrid_config(feedback={"source": "demos"}))
     read_tasks += [dataset.problem_at(*problem) for problem in dataset.problems(None)]
-    again = replace(hybrid, logging=replace(hybrid.logging, run="read"))
-    joint(again, LocalContext(torch.device("cpu")))
+    rerun = replace(hybrid, logging=replace(hybrid.logging, run="read"))
+    joint(rerun, LocalContext(torch.device("cpu")))
     shown = [pair_hash(pair) for task in read_tasks for pair in task.train]
-    assert len(shown) > 500 and not in_views & set(shown)
+    assert len(shown) > 500 and not in_variants & set(shown)
     assert all(pair.output is None for task in read_tasks for pair in task.test)
-    inputs = {name.partition("|")[0] for name in in_views}
-    asked = {pair_hash(task.test[0]).partition("|")[0] for task in read_tasks}
-    assert asked & inputs, "the held-out inputs themselves are asked"
-    said = [
+    inputs = {name.partition("|")[0] for name in in_variants}
+    read_inputs = {pair_hash(task.test[0]).partition("|")[0] for task in read_tasks}
+    assert read_inputs & inputs, "no held-out input was evaluated"
+    feedback = [
         attempt["feedback"]
         for p in predictions(outcome.folder).values()
         for test in p["tests"]
         for attempt in test["attempts"]
     ]
-    assert all("on a held-out example" in line for line in said)
+    assert all("on a held-out example" in line for line in feedback)
 
 
-def test_demos_need_demonstrations_that_nobody_has_seen(
-    ask_hybrid: Ask, hybrid: Config, tmp_path: Path
+def test_demos_feedback_needs_demonstrations_unseen_in_training(
+    make_hybrid_config: MakeConfig, hybrid: Config, tmp_path: Path
 ) -> None:
-    """Without any held out; and held out now, but trained on before."""
+    """Rejected without held-out demonstrations, and if the checkpoint was trained on them."""
     feedback = {"feedback": {"source": "demos"}}
     paths = {"data": str(tmp_path / "all")}
-    nothing_kept = ask_hybrid(data={"hold_out_demos": 0}, paths=paths, **feedback)
-    prepare(nothing_kept.data, nothing_kept.data_folder, lambda line: None)
+    no_hold_out = make_hybrid_config(data={"hold_out_demos": 0}, paths=paths, **feedback)
+    prepare(no_hold_out.data, no_hold_out.data_folder, lambda line: None)
     with pytest.raises(UserError, match=r"no demonstration was held out.*hold_out_demos=1"):
-        quietly(nothing_kept)
-    training = replace(nothing_kept.training, steps=1)
-    blind = replace(with_feedback(nothing_kept, "none"), training=training)
-    seen = joint(blind, LocalContext(torch.device("cpu")))
-    late = ask_hybrid(evaluation={"checkpoint": str(seen.checkpoint)}, **feedback)
+        quietly(no_hold_out)
+    training = replace(no_hold_out.training, steps=1)
+    blind = replace(with_feedback(no_hold_out, "none"), training=training)
+    trained = joint(blind, LocalContext(torch.device("cpu")))
+    late = make_hybrid_config(evaluation={"checkpoint": str(trained.checkpoint)}, **feedback)
     with pytest.raises(UserError, match="trained on the held-out demonstrations of 3 tasks"):
         quietly(late)
 
 
-def test_one_view_has_nobody_to_compare_with(ask_hybrid: Ask) -> None:
-    with pytest.raises(UserError, match=r"feedback\.source=vote: .* has one view"):
-        quietly(ask_hybrid(feedback={"source": "vote"}, evaluation={"variants": 1}))
+def test_vote_feedback_needs_two_variants(make_hybrid_config: MakeConfig) -> None:
+    with pytest.raises(UserError, match=r"feedback\.source=vote: .* has one variant"):
+        quietly(make_hybrid_config(feedback={"source": "vote"}, evaluation={"variants": 1}))
 
 
-def test_shuffled_gives_every_task_another_ones_text(
-    ask_hybrid: Ask, read_tasks: list[Task], hybrid: Config
+def test_shuffled_text_is_a_permutation_of_other_tasks(
+    make_hybrid_config: MakeConfig, read_tasks: list[Task], hybrid: Config
 ) -> None:
-    """Which one does not depend on how many are asked: answers on disk are used again."""
-    asked: list[Question] = []
+    """The permutation does not depend on evaluation.limit, so stored predictions stay valid."""
+    questions: list[Question] = []
     shuffled = {"text": "shuffled"}
-    outcome = quietly(ask_hybrid(evaluation=shuffled), recording(asked))
-    others = [q.read_instead.id for q in asked if q.read_instead]
-    assert sorted(others) == sorted(ASKED)
-    assert all(q.read_instead and q.read_instead.id != q.task.id for q in asked)
+    outcome = quietly(make_hybrid_config(evaluation=shuffled), recording(questions))
+    others = [q.read_instead.id for q in questions if q.read_instead]
+    assert sorted(others) == sorted(EVALUATED)
+    assert all(q.read_instead and q.read_instead.id != q.task.id for q in questions)
     dataset = Dataset.open(hybrid.data_folder)
-    for question in asked:
+    for question in questions:
         assert question.read_instead is not None
         row = [task.id for task in dataset.tasks].index(question.read_instead.id)
         assert question.read_instead.train == dataset.demonstrations(row)
-    own = quietly(ask_hybrid("own"))
+    own = quietly(make_hybrid_config("own"))
     assert own.results["protocol"]["text"] == "own"
     assert outcome.results["protocol"]["text"] == "shuffled"
     assert predictions(own.folder) != predictions(outcome.folder)
     read_tasks.clear()
-    limited = quietly(ask_hybrid("limited", evaluation=shuffled | {"limit": 1}))
+    limited = quietly(make_hybrid_config("limited", evaluation=shuffled | {"limit": 1}))
     assert {task.id.split("|")[0] for task in read_tasks} == {others[0]}
-    first = predictions(outcome.folder)[asked[0].task.id]
-    assert predictions(limited.folder) == {asked[0].task.id: first}
+    first = predictions(outcome.folder)[questions[0].task.id]
+    assert predictions(limited.folder) == {questions[0].task.id: first}
 
 
-def test_half_an_evaluation_is_not_repeated(ask_hybrid: Ask) -> None:
+def test_interrupted_evaluation_resumes_with_the_remaining_tasks(
+    make_hybrid_config: MakeConfig,
+) -> None:
     class Stop(Exception):
         pass
 
@@ -260,11 +268,13 @@ def test_half_an_evaluation_is_not_repeated(ask_hybrid: Ask) -> None:
             yield prediction
 
     with pytest.raises(Stop):
-        quietly(ask_hybrid(), stopping)
-    rest: list[Question] = []
-    outcome = quietly(ask_hybrid(), recording(rest))
-    assert [question.task.id for question in rest] == sorted(ASKED)[2:] and outcome.resumed == 2
-    whole = quietly(ask_hybrid("whole"))
-    assert predictions(outcome.folder) == predictions(whole.folder)
+        quietly(make_hybrid_config(), stopping)
+    remaining: list[Question] = []
+    outcome = quietly(make_hybrid_config(), recording(remaining))
+    assert [question.task.id for question in remaining] == sorted(EVALUATED)[
+        2:
+    ] and outcome.resumed == 2
+    uninterrupted = quietly(make_hybrid_config("uninterrupted"))
+    assert predictions(outcome.folder) == predictions(uninterrupted.folder)
     for key in ("scores", "curve", "baseline", "coverage", "protocol"):
-        assert outcome.results[key] == whole.results[key], key
+        assert outcome.results[key] == uninterrupted.results[key], key

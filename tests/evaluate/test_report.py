@@ -1,4 +1,4 @@
-"""The report embeds what it was given, whole, and nothing that it embeds can act on the page."""
+"""The report embeds its input unchanged, and embedded text cannot act on the page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def tasks() -> list[Task]:
 
 
 class Page(HTMLParser):
-    """The elements of a page in order, and the text of its scripts."""
+    """The elements of a page, in order, and the text of its scripts."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ def results_of(tasks: list[Task], **changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def test_embedded_data_is_what_was_given(tmp_path: Path, tasks: list[Task]) -> None:
+def test_embedded_data_equals_the_input(tmp_path: Path, tasks: list[Task]) -> None:
     right = [candidate(answer_rows(tasks[0]), votes=29), candidate(["012", "345"])]
     results = results_of(tasks)
     write_report(tmp_path / "r.html", tasks, {tasks[0].id: prediction(tasks[0], right)}, results)
@@ -128,15 +128,13 @@ def test_embedded_data_is_what_was_given(tmp_path: Path, tasks: list[Task]) -> N
         assert after.split("|") == grid_to_string(pair.output).split("\n")
     test = first["tests"][0]
     assert test["answer"].split("|") == answer_rows(tasks[0])
-    kept = [{**c, "grid": c["grid"].split("|")} for c in test["candidates"]]
-    assert kept == [{**c, "rank": rank} for rank, c in enumerate(right, start=1)]
+    embedded = [{**c, "grid": c["grid"].split("|")} for c in test["candidates"]]
+    assert embedded == [{**c, "rank": rank} for rank, c in enumerate(right, start=1)]
     assert (test["variants"], test["empty"], test["distinct"]) == (32, 2, 2)
     assert first["spent"] == {"rows": 32, "act_steps": 512, "seconds": 1.5}
 
 
-def test_every_task_asked_for_appears_without_a_prediction(
-    tmp_path: Path, tasks: list[Task]
-) -> None:
+def test_tasks_without_a_prediction_appear(tmp_path: Path, tasks: list[Task]) -> None:
     predicted = {task.id: prediction(task, []) for task in tasks[1::3]}
     write_report(tmp_path / "r.html", tasks, predicted, results_of(tasks))
     data = Page(tmp_path / "r.html").data
@@ -146,7 +144,7 @@ def test_every_task_asked_for_appears_without_a_prediction(
     assert missing == [task.id for task in tasks if task.id not in predicted]
 
 
-def test_a_low_ranked_right_candidate_is_kept_and_the_others_counted(
+def test_low_ranked_correct_candidate_is_kept_and_others_counted(
     tmp_path: Path, tasks: list[Task]
 ) -> None:
     wrong = [candidate([f"{n:03d}"]) for n in range(40)]
@@ -160,7 +158,7 @@ def test_a_low_ranked_right_candidate_is_kept_and_the_others_counted(
     assert test["distinct"] == 41
 
 
-def test_hostile_text_adds_no_element_and_survives(tmp_path: Path, tasks: list[Task]) -> None:
+def test_hostile_text_adds_no_element_and_is_preserved(tmp_path: Path, tasks: list[Task]) -> None:
     write_report(tmp_path / "plain.html", tasks[:1], {}, results_of(tasks[:1]))
     evil = [replace(tasks[0], id=HOSTILE)]
     results = results_of(
@@ -177,8 +175,8 @@ def test_hostile_text_adds_no_element_and_survives(tmp_path: Path, tasks: list[T
 def test_script_never_parses_text_as_html(tmp_path: Path, tasks: list[Task]) -> None:
     write_report(tmp_path / "r.html", tasks, {}, results_of(tasks))
     script = Page(tmp_path / "r.html").scripts[1]
-    for door in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
-        assert door not in script
+    for sink in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
+        assert sink not in script
 
 
 def test_page_fetches_nothing(tmp_path: Path, tasks: list[Task]) -> None:
@@ -206,7 +204,7 @@ def test_unknown_answers_stay_unknown(tmp_path: Path, tasks: list[Task]) -> None
     assert data["results"]["tasks"] == unscored
 
 
-def test_numbers_that_json_cannot_name_become_null(tmp_path: Path, tasks: list[Task]) -> None:
+def test_nan_and_infinity_become_null(tmp_path: Path, tasks: list[Task]) -> None:
     results = results_of(tasks[:1], spent={"rows": math.nan, "seconds": math.inf, "act_steps": 1})
     write_report(tmp_path / "r.html", tasks[:1], {}, results)
     page = Page(tmp_path / "r.html")
@@ -214,24 +212,26 @@ def test_numbers_that_json_cannot_name_become_null(tmp_path: Path, tasks: list[T
     assert "NaN" not in page.scripts[0] and "Infinity" not in page.scripts[0]
 
 
-def test_a_failed_write_leaves_the_old_report_and_no_litter(
+def test_failed_write_leaves_the_old_report_and_no_temporary_file(
     tmp_path: Path, tasks: list[Task], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "r.html"
     path.write_text("the old report")
 
-    def die(source: Path, target: Path) -> None:
-        assert Page(source).data["results"]["title"] == "twelve tasks", "replaced by half a file"
+    def fail(source: Path, target: Path) -> None:
+        assert Page(source).data["results"]["title"] == "twelve tasks", (
+            "the temporary file is incomplete"
+        )
         raise OSError("disk full")
 
-    monkeypatch.setattr(os, "replace", die)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         write_report(path, tasks, {}, results_of(tasks))
     assert path.read_text() == "the old report"
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_400_tasks_with_many_candidates_stay_small(tmp_path: Path) -> None:
+def test_report_of_400_tasks_stays_below_4_mb(tmp_path: Path) -> None:
     tasks = load_tasks("arc1-evaluation")
     ranked = [candidate(["0123456789" * 2] * 20) for _ in range(50)]
     predicted = {task.id: prediction(task, ranked) for task in tasks}
@@ -239,7 +239,7 @@ def test_400_tasks_with_many_candidates_stay_small(tmp_path: Path) -> None:
     assert (tmp_path / "r.html").stat().st_size < 4_000_000
 
 
-def test_attempts_are_embedded_in_order_and_nothing_that_no_card_shows(
+def test_attempts_are_embedded_in_order_without_unused_data(
     tmp_path: Path, tasks: list[Task]
 ) -> None:
     predicted = {task.id: hybrid_prediction(task) for task in tasks}
@@ -256,9 +256,7 @@ def test_attempts_are_embedded_in_order_and_nothing_that_no_card_shows(
         assert not {"curve", "baseline"} & test.keys()
 
 
-def test_right_and_wrong_are_for_the_reader_to_see_not_in_the_data(
-    tmp_path: Path, tasks: list[Task]
-) -> None:
+def test_embedded_attempts_hold_no_correctness(tmp_path: Path, tasks: list[Task]) -> None:
     predicted = {task.id: hybrid_prediction(task) for task in tasks}
     write_report(tmp_path / "r.html", tasks, predicted, hybrid_results_of(tasks))
     for task in Page(tmp_path / "r.html").data["tasks"]:
@@ -266,9 +264,7 @@ def test_right_and_wrong_are_for_the_reader_to_see_not_in_the_data(
             assert attempt.keys() == {"grid", "confidence", "feedback", "reasoning", "stopped"}
 
 
-def test_what_a_language_model_writes_adds_no_element_and_survives(
-    tmp_path: Path, tasks: list[Task]
-) -> None:
+def test_reasoning_text_adds_no_element_and_is_preserved(tmp_path: Path, tasks: list[Task]) -> None:
     for name, text in (("plain", "look"), ("evil", HOSTILE + "<img src=x onerror=alert(1)>")):
         predicted = {tasks[0].id: hybrid_prediction(tasks[0], text=text)}
         path = tmp_path / f"{name}.html"
@@ -281,7 +277,7 @@ def test_what_a_language_model_writes_adds_no_element_and_survives(
 
 
 @pytest.mark.parametrize("oracle", [True, False])
-def test_the_oracle_banner_is_there_if_and_only_if_answers_were_looked_at(
+def test_oracle_banner_appears_only_for_oracle_results(
     tmp_path: Path, tasks: list[Task], oracle: bool
 ) -> None:
     predicted = {task.id: hybrid_prediction(task, oracle=oracle) for task in tasks}
@@ -293,8 +289,8 @@ def test_the_oracle_banner_is_there_if_and_only_if_answers_were_looked_at(
     assert "{{" not in page.text
 
 
-def test_trm_alone_shows_nothing_of_self_correction(tmp_path: Path, tasks: list[Task]) -> None:
-    """What the script draws of it hangs on keys that are not there."""
+def test_trm_report_has_no_self_correction_data(tmp_path: Path, tasks: list[Task]) -> None:
+    """The script draws self-correction only if these keys are present."""
     predicted = {task.id: prediction(task, [candidate(["01"])]) for task in tasks}
     results = results_of(tasks, feedback=None, compare_to=[])
     write_report(tmp_path / "r.html", tasks, predicted, results)
@@ -306,7 +302,7 @@ def test_trm_alone_shows_nothing_of_self_correction(tmp_path: Path, tasks: list[
     assert "oracle" not in {attributes.get("class") for _, attributes in page.elements}
 
 
-def test_a_hybrid_that_read_nothing_or_did_not_answer_has_no_prompt(
+def test_prompt_is_absent_without_a_language_model_or_a_prediction(
     tmp_path: Path, tasks: list[Task]
 ) -> None:
     alone = hybrid_prediction(tasks[0]) | {"prompt": None}

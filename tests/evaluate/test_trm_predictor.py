@@ -1,4 +1,4 @@
-"""From a checkpoint to predictions: each view asked once, undone once, however rows are batched."""
+"""Predictions of a TRM: each variant is predicted and inverted once, whatever the batch size."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import undecided
+from helpers import randomize_halt_head
 from torch import Tensor
 
 from hybrid.arc import grid_to_string, tokenize_grid
 from hybrid.checkpoint import Checkpoint, read, write_tensors
 from hybrid.config import Config, EvaluationConfig
 from hybrid.dataset import Dataset, Stream
-from hybrid.evaluate import Question, TRMPredictor, exact_match, predict, predict_rows
-from hybrid.evaluate.trm_predictor import Prediction
+from hybrid.evaluate import Question, TRMPredictor, exact_match, predict_rows, predict_tokens
+from hybrid.evaluate.records import Prediction
 from hybrid.trm import TRM, Carry
 
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ def dataset(trained: Config) -> Dataset:
 
 @pytest.fixture
 def rows(dataset: Dataset, checkpoint: Checkpoint) -> Rows:
-    """Inputs of 23 rows of the training stream and their puzzle rows."""
+    """Inputs of the first 23 training rows, and their puzzle rows."""
     found = Stream(dataset, 0).rows(np.arange(23))
     table = checkpoint.tensors("puzzle_table")["puzzle_table"]
     identifiers = torch.from_numpy(np.asarray(found["puzzle_identifiers"])).long()
@@ -43,23 +43,23 @@ def rows(dataset: Dataset, checkpoint: Checkpoint) -> Rows:
 
 @pytest.fixture
 def halting(checkpoint: Checkpoint, rows: Rows) -> TRM:
-    """The trained model with a halt head that half of the rows satisfy after two ACT steps."""
+    """The trained model with a halt head that stops half of the rows after two ACT steps."""
     model = TRMPredictor(checkpoint, EvaluationConfig(), CPU).model
-    undecided(model.state_dict())
-    _, logits, _ = predict(model, *rows, EvaluationConfig(halt="fixed", act_steps=2))
+    randomize_halt_head(model.state_dict())
+    _, logits, _ = predict_tokens(model, *rows, EvaluationConfig(halt="fixed", act_steps=2))
     assert model.q_head.bias is not None
     model.q_head.bias.data -= float(np.median(logits))
     return model
 
 
-def question(dataset: Dataset, task_id: str, views: int = 6) -> Question:
+def make_question(dataset: Dataset, task_id: str, variants: int = 6) -> Question:
     [task] = [t for t, task in enumerate(dataset.tasks) if task.id == task_id]
     first = int(dataset.first_variant[task])
     return Question(
         task=dataset.tasks[task].without_answers(),
         side=int(dataset.sides[task]),
-        views=tuple(dataset.augmentation(v) for v in range(first, first + views)),
-        identifiers=range(first + 1, first + views + 1),
+        variants=tuple(dataset.augmentation(v) for v in range(first, first + variants)),
+        identifiers=range(first + 1, first + variants + 1),
     )
 
 
@@ -70,118 +70,125 @@ def candidates(prediction: Prediction) -> list[list[tuple[Any, ...]]]:
     ]
 
 
-def test_every_view_is_encoded_with_its_own_puzzle_row_and_undone(
+def test_every_variant_uses_its_puzzle_row_and_is_inverted(
     dataset: Dataset, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In place of the model one that copies: every view must vote for the test input itself."""
+    """With a model that copies its input, every variant must vote for the test input itself."""
     given: list[Rows] = []
 
     def copy(model: TRM, inputs: np.ndarray, rows: Tensor, config: EvaluationConfig) -> Any:
         given.append((inputs, rows))
         return inputs, np.zeros(len(inputs), np.float32), 0
 
-    monkeypatch.setattr("hybrid.evaluate.trm_predictor.predict", copy)
-    asked = question(dataset, "25ff71a9")
-    found = TRMPredictor(checkpoint, EvaluationConfig(), CPU).solve(asked)
+    monkeypatch.setattr("hybrid.evaluate.trm_predictor.predict_tokens", copy)
+    question = make_question(dataset, "25ff71a9")
+    found = TRMPredictor(checkpoint, EvaluationConfig(), CPU).predict(question)
     assert [test["empty"] for test in found["tests"]] == [0, 0]
-    for test, pair in zip(candidates(found), asked.task.test, strict=True):
+    for test, pair in zip(candidates(found), question.task.test, strict=True):
         assert test == [(tuple(grid_to_string(pair.input).split("\n")), 6, 0.5)]
     [(inputs, rows)] = given
     table = checkpoint.tensors("puzzle_table")["puzzle_table"]
-    pairs = [(pair, n) for pair in asked.task.test for n in range(6)]
+    pairs = [(pair, n) for pair in question.task.test for n in range(6)]
     for row, (pair, n) in enumerate(pairs):
-        assert np.array_equal(inputs[row], tokenize_grid(asked.views[n].apply(pair.input), CANVAS))
-        assert torch.equal(rows[row], table[asked.identifiers[n]])
-    assert len(torch.unique(rows, dim=0)) > 3, "too few puzzle rows were trained to tell"
+        assert np.array_equal(
+            inputs[row], tokenize_grid(question.variants[n].apply(pair.input), CANVAS)
+        )
+        assert torch.equal(rows[row], table[question.identifiers[n]])
+    assert len(torch.unique(rows, dim=0)) > 3, "too few distinct puzzle rows for this test"
 
 
-def test_weights_are_the_average_and_the_table_stays_on_disk(checkpoint: Checkpoint) -> None:
+def test_weights_are_the_ema_and_the_table_stays_on_disk(checkpoint: Checkpoint) -> None:
     model = TRMPredictor(checkpoint, EvaluationConfig(), CPU).model
-    average, last = checkpoint.tensors("ema"), checkpoint.tensors("model")
+    ema, last = checkpoint.tensors("ema"), checkpoint.tensors("model")
     for name, weight in model.named_parameters():
-        assert torch.equal(weight, average[name]) and not torch.equal(weight, last[name]), name
+        assert torch.equal(weight, ema[name]) and not torch.equal(weight, last[name]), name
     assert torch.equal(model.H_init, last["H_init"]) and torch.equal(model.L_init, last["L_init"])
     assert len(model.puzzle_table) == 1 and not model.training
 
 
-def test_an_unknown_puzzle_has_the_blank_row(
+def test_unknown_puzzle_uses_the_blank_row(
     dataset: Dataset, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    """It is answered alike whatever the other rows of the table hold."""
-    asked = question(dataset, "25ff71a9")
-    solver = TRMPredictor(checkpoint, EvaluationConfig(), CPU)
-    blank = solver.solve(replace(asked, identifiers=range(0)))
-    assert candidates(blank) != candidates(solver.solve(asked))
+    """Its prediction does not depend on the other rows of the table."""
+    question = make_question(dataset, "25ff71a9")
+    predictor = TRMPredictor(checkpoint, EvaluationConfig(), CPU)
+    blank = predictor.predict(replace(question, identifiers=range(0)))
+    assert candidates(blank) != candidates(predictor.predict(question))
     copy = tmp_path / "step_00000040"
     shutil.copytree(checkpoint.folder, copy)
     table = torch.ones(37, 32).index_fill(0, torch.tensor([0]), 0)
     write_tensors(copy, "puzzle_table", {"puzzle_table": table})
     other = TRMPredictor(replace(checkpoint, folder=copy), EvaluationConfig(), CPU)
-    assert candidates(blank) == candidates(other.solve(replace(asked, identifiers=range(0))))
+    assert candidates(blank) == candidates(other.predict(replace(question, identifiers=range(0))))
 
 
-def test_views_that_look_the_same_are_asked_once_where_they_have_no_puzzle(
+def test_equal_inputs_are_predicted_once_with_the_blank_puzzle(
     dataset: Dataset, checkpoint: Checkpoint
 ) -> None:
-    """Colours that the input does not have may be anything: the answer comes from its view."""
-    solver = TRMPredictor(checkpoint, EvaluationConfig(), CPU)
-    asked = question(dataset, "25ff71a9")
-    given = [{view.apply(pair.input).tobytes() for view in asked.views} for pair in asked.task.test]
+    """Variants that differ in absent colours only share a prediction, but invert it differently."""
+    predictor = TRMPredictor(checkpoint, EvaluationConfig(), CPU)
+    question = make_question(dataset, "25ff71a9")
+    given = [
+        {variant.apply(pair.input).tobytes() for variant in question.variants}
+        for pair in question.task.test
+    ]
     different = len(set.union(*given))
-    assert different < 12, "no two views look the same"
-    blank = solver.solve(replace(asked, identifiers=range(0)))
+    assert different < 12, "no two variants have equal inputs"
+    blank = predictor.predict(replace(question, identifiers=range(0)))
     assert blank["spent"]["rows"] == different and blank["spent"]["act_steps"] == 4 * different
-    assert solver.solve(asked)["spent"]["rows"] == 12
-    for n, (test, pair) in enumerate(zip(candidates(blank), asked.task.test, strict=True)):
+    assert predictor.predict(question)["spent"]["rows"] == 12
+    for n, (test, pair) in enumerate(zip(candidates(blank), question.task.test, strict=True)):
         votes = [
             candidates(
-                solver.solve(
+                predictor.predict(
                     replace(
-                        asked,
-                        task=replace(asked.task, test=(pair,)),
-                        views=(view,),
+                        question,
+                        task=replace(question.task, test=(pair,)),
+                        variants=(variant,),
                         identifiers=range(0),
                     )
                 )
             )[0]
-            for view in asked.views
+            for variant in question.variants
         ]
         assert blank["tests"][n]["variants"] == 6
         counted = Counter(vote[0][0] for vote in votes if vote)
         assert {grid: count for grid, count, _ in test} == counted
 
 
-def test_batches_and_other_tests_do_not_change_an_answer(
+def test_batch_size_and_other_tests_do_not_change_predictions(
     dataset: Dataset, checkpoint: Checkpoint
 ) -> None:
-    asked = question(dataset, "44f52bb0")
-    whole = candidates(TRMPredictor(checkpoint, EvaluationConfig(), CPU).solve(asked))
-    assert any(whole), "no answer to compare"
+    question = make_question(dataset, "44f52bb0")
+    expected = candidates(TRMPredictor(checkpoint, EvaluationConfig(), CPU).predict(question))
+    assert any(expected), "no candidates to compare"
     for size in (1, 5, 7):
-        solver = TRMPredictor(checkpoint, EvaluationConfig(batch_size=size), CPU)
-        assert candidates(solver.solve(asked)) == whole, size
-    for n, pair in enumerate(asked.task.test):
-        alone = replace(asked, task=replace(asked.task, test=(pair,)))
-        assert candidates(solver.solve(alone)) == whole[n : n + 1]
+        predictor = TRMPredictor(checkpoint, EvaluationConfig(batch_size=size), CPU)
+        assert candidates(predictor.predict(question)) == expected, size
+    for n, pair in enumerate(question.task.test):
+        alone = replace(question, task=replace(question.task, test=(pair,)))
+        assert candidates(predictor.predict(alone)) == expected[n : n + 1]
 
 
-def test_one_view_is_one_row_a_test(dataset: Dataset, checkpoint: Checkpoint) -> None:
-    solver = TRMPredictor(checkpoint, EvaluationConfig(), CPU)
-    found = solver.solve(question(dataset, "25ff71a9", views=1))
+def test_one_variant_is_one_row_per_test(dataset: Dataset, checkpoint: Checkpoint) -> None:
+    predictor = TRMPredictor(checkpoint, EvaluationConfig(), CPU)
+    found = predictor.predict(make_question(dataset, "25ff71a9", variants=1))
     assert [test["variants"] for test in found["tests"]] == [1, 1]
     assert found["spent"]["rows"] == 2 and found["spent"]["act_steps"] == 8
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 8, 9])
-def test_any_number_of_rows_can_be_asked(halting: TRM, rows: Rows, count: int) -> None:
-    """One row alone in its batch too, and a last batch of one."""
+def test_any_number_of_rows_is_predicted(halting: TRM, rows: Rows, count: int) -> None:
+    """Includes no rows, a single row, and one more row than a batch."""
     inputs, puzzle_rows = rows[0][:count], rows[1][:count]
-    tokens, logits, spent = predict(halting, inputs, puzzle_rows, EvaluationConfig(batch_size=8))
+    tokens, logits, spent = predict_tokens(
+        halting, inputs, puzzle_rows, EvaluationConfig(batch_size=8)
+    )
     assert tokens.shape == (count, 9) and logits.shape == (count,) and spent == 4 * count
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
-def test_fixed_halting_is_that_many_act_steps(halting: TRM, rows: Rows, steps: int) -> None:
+def test_fixed_halting_makes_that_many_act_steps(halting: TRM, rows: Rows, steps: int) -> None:
     inputs, puzzle_rows = rows
     batch = {"inputs": torch.from_numpy(inputs).int()}
     with torch.inference_mode():
@@ -189,39 +196,39 @@ def test_fixed_halting_is_that_many_act_steps(halting: TRM, rows: Rows, steps: i
         for _ in range(steps):
             carry, outputs = halting.act_step(carry, batch, puzzle_rows=puzzle_rows)
     config = EvaluationConfig(halt="fixed", act_steps=steps, batch_size=8)
-    tokens, logits, spent = predict(halting, inputs, puzzle_rows, config)
+    tokens, logits, spent = predict_tokens(halting, inputs, puzzle_rows, config)
     assert np.array_equal(tokens, outputs.logits.argmax(-1).numpy())
     np.testing.assert_allclose(logits, outputs.q_halt.numpy(), rtol=1e-5, atol=1e-5)
     assert spent == 23 * steps
     if steps == 4:
-        published = predict(halting, inputs, puzzle_rows, EvaluationConfig(batch_size=8))
+        published = predict_tokens(halting, inputs, puzzle_rows, EvaluationConfig(batch_size=8))
         assert np.array_equal(published[0], tokens) and published[2] == spent
 
 
-def test_confident_rows_leave_and_change_nothing_for_the_others(halting: TRM, rows: Rows) -> None:
-    """Each row as when it runs alone until its halt logit first is above 0, or to the end."""
+def test_confident_rows_leave_without_changing_the_others(halting: TRM, rows: Rows) -> None:
+    """Each row equals a run of its own until its halt logit is above 0 or steps run out."""
     inputs, puzzle_rows = rows
     config = EvaluationConfig(halt="confident", batch_size=9)
-    tokens, logits, spent = predict(halting, inputs, puzzle_rows, config)
-    lived = []
+    tokens, logits, spent = predict_tokens(halting, inputs, puzzle_rows, config)
+    steps_made = []
     for row in range(len(inputs)):
         one, rows_of_one = inputs[row : row + 1], puzzle_rows[row : row + 1]
         for steps in range(1, 5):
             fixed = EvaluationConfig(halt="fixed", act_steps=steps)
-            alone, logit, _ = predict(halting, one, rows_of_one, fixed)
+            alone, logit, _ = predict_tokens(halting, one, rows_of_one, fixed)
             if logit[0] > 0:
                 break
-        lived.append(steps)
+        steps_made.append(steps)
         assert np.array_equal(tokens[row], alone[0]), f"row {row} after {steps} steps"
         np.testing.assert_allclose(logits[row], logit[0], rtol=1e-5, atol=1e-5)
-    assert spent == sum(lived)
-    assert len(set(lived)) > 1, "all rows halted together: nothing was compacted"
+    assert spent == sum(steps_made)
+    assert len(set(steps_made)) > 1, "all rows halted at the same step: no slot was refilled"
 
 
-def test_a_slot_takes_the_next_row_at_once(
+def test_freed_slot_takes_the_next_row_at_once(
     halting: TRM, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Batches are full until no row is left, and then hold what still runs."""
+    """Batches are full until no row is left, and then shrink to the active rows."""
     sizes = []
     act_step = halting.act_step
 
@@ -231,13 +238,13 @@ def test_a_slot_takes_the_next_row_at_once(
 
     monkeypatch.setattr(halting, "act_step", counted)
     config = EvaluationConfig(halt="confident", batch_size=4)
-    _, _, spent = predict(halting, *rows, config)
+    _, _, spent = predict_tokens(halting, *rows, config)
     assert sum(sizes) == spent and sorted(sizes, reverse=True) == sizes
-    # Once the last row is taken, none lives longer than four steps.
+    # After the last row is assigned, no row runs for more than four steps.
     assert sum(size < 4 for size in sizes) < 4
 
 
-def test_a_row_is_exact_when_it_is_right_in_every_label(trained: Config, dataset: Dataset) -> None:
+def test_exact_match_requires_every_scored_label(trained: Config, dataset: Dataset) -> None:
     rows = Stream(dataset, 0).rows(np.arange(20))
     checkpoint = read(trained.run_folder / "checkpoints" / "step_00000040")
     model = TRMPredictor(checkpoint, EvaluationConfig(), CPU).model
@@ -246,12 +253,12 @@ def test_a_row_is_exact_when_it_is_right_in_every_label(trained: Config, dataset
         torch.from_numpy(np.asarray(rows["puzzle_identifiers"])).long()
     ]
     inputs = np.asarray(rows["inputs"], np.uint8)
-    said, _, _ = predict(model, inputs, puzzle_rows, EvaluationConfig())
-    labels = said.copy()
+    tokens, _, _ = predict_tokens(model, inputs, puzzle_rows, EvaluationConfig())
+    labels = tokens.copy()
     model.train()
     assert exact_match(predict_rows(model, rows, batch_size=7), labels).mean() == 1
-    labels[:5, 0] = 0  # a position that is not scored
+    labels[:5, 0] = 0  # PAD: not scored
     assert exact_match(predict_rows(model, rows, batch_size=7), labels).mean() == 1
     labels[3:7, 4] = labels[3:7, 4] % 11 + 1
     assert exact_match(predict_rows(model, rows, batch_size=7), labels).mean() == pytest.approx(0.8)
-    assert model.training, "it must leave the mode as it was"
+    assert model.training, "predict_rows must restore the training mode"

@@ -1,4 +1,4 @@
-"""Checkpoints are judged by training tasks that nothing was trained on, and by nothing else."""
+"""Checkpoints are validated on held-out training tasks only."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HELD = 5
 
 
 def validations(config: Config) -> dict[int, Any]:
-    """By step, as the run has written them down."""
+    """Return the validations recorded in metrics.jsonl, by step."""
     return validated(parse_metrics((config.run_folder / "metrics.jsonl").read_bytes()))
 
 
@@ -73,9 +73,7 @@ def last(config: Config) -> Path:
 
 
 @pytest.mark.parametrize("side", [3, 6])
-def test_tasks_are_held_out_and_nothing_of_their_tests_is_trained_on(
-    side: int, tmp_path: Path
-) -> None:
+def test_tests_of_held_out_tasks_are_not_trained_on(side: int, tmp_path: Path) -> None:
     data = {"max_side": side, "hold_out_tasks": 7}
     config = experiment(tmp_path, data=data, training={"steps": 1, "save_every": 1})
     meta = prepare(config.data, config.data_folder, silent)
@@ -93,28 +91,28 @@ def test_tasks_are_held_out_and_nothing_of_their_tests_is_trained_on(
     assert set(json.loads((checkpoint / "trained_on.json").read_text())) == trained
 
 
-def test_the_seed_decides_who_is_held_out(tmp_path: Path) -> None:
-    def asked(name: str, seed: int, held: int = 5) -> set[str]:
+def test_seed_selects_the_held_out_tasks(tmp_path: Path) -> None:
+    def held_out(name: str, seed: int, held: int = 5) -> set[str]:
         data = {"seed": seed, "hold_out_tasks": held}
         config = experiment(tmp_path, data=data, paths={"data": str(tmp_path / name)})
         prepare(config.data, config.data_folder, silent)
         dataset = Dataset.open(config.data_folder)
         return {dataset.tasks[row].id for row in dataset.evaluated}
 
-    assert asked("a", 0) == asked("b", 0) != asked("c", 1)
-    assert len({frozenset(asked(f"s{seed}", seed)) for seed in range(3)}) > 1
+    assert held_out("a", 0) == held_out("b", 0) != held_out("c", 1)
+    assert len({frozenset(held_out(f"s{seed}", seed)) for seed in range(3)}) > 1
 
 
-def test_a_training_task_that_holds_a_held_out_test_is_refused_or_dropped(
+def test_training_task_with_a_held_out_test_is_rejected_or_dropped(
     tmp_path: Path, arc1: dict[str, Task]
 ) -> None:
-    """A copy of every task under another name: whoever is held out, the copy gives it away."""
+    """Every task has a copy under another id, so each held-out task leaks through its copy."""
     tasks = [task for task in arc1.values() if task.max_side <= 3][:6]
     copies = [replace(task, id=f"copy{n}", train=task.train[::-1]) for n, task in enumerate(tasks)]
     write_tasks(tmp_path / "tasks", [*tasks, *copies])
     data = {"training": [str(tmp_path / "tasks")], "hold_out_tasks": 2}
     config = experiment(tmp_path, data=data | {"on_overlap": "refuse"})
-    with pytest.raises(UserError, match=r"hold a test of an evaluation task"):
+    with pytest.raises(UserError, match=r"contain a test of an evaluation task"):
         prepare(config.data, config.data_folder, silent)
     config = experiment(tmp_path, data=data)
     meta = prepare(config.data, config.data_folder, silent)
@@ -127,20 +125,20 @@ def test_a_training_task_that_holds_a_held_out_test_is_refused_or_dropped(
 
 
 @pytest.mark.parametrize("count", [15, 400])
-def test_more_than_there_are_cannot_be_held_out(count: int, tmp_path: Path) -> None:
+def test_holding_out_all_tasks_or_more_is_rejected(count: int, tmp_path: Path) -> None:
     config = experiment(tmp_path, data={"hold_out_tasks": count})
     with pytest.raises(UserError, match=rf"data\.hold_out_tasks={count}: must be less than the 15"):
         prepare(config.data, config.data_folder, silent)
     assert not config.data_folder.exists()
 
 
-def test_an_evaluation_set_beside_held_out_tasks_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"evaluation must be \[\]"):
+def test_held_out_tasks_with_an_evaluation_set_are_rejected(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"requires evaluation=\[\]"):
         experiment(tmp_path, data={"evaluation": ["arc1-evaluation"]})
 
 
 @pytest.mark.parametrize("kind", ["trm", "hybrid"])
-def test_a_validation_is_the_pass_at_2_of_an_evaluation(
+def test_validation_equals_pass_at_2_of_an_evaluation(
     kind: str, request: pytest.FixtureRequest
 ) -> None:
     config: Config = request.getfixturevalue(kind)
@@ -161,7 +159,7 @@ def test_every_planned_checkpoint_is_validated(trm: Config, hybrid: Config) -> N
 
 
 @pytest.mark.parametrize("kind", ["trm", "hybrid"])
-def test_validation_changes_nothing_of_training(
+def test_validation_does_not_change_training(
     kind: str, root: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     validating: Config = request.getfixturevalue(kind)
@@ -173,23 +171,23 @@ def test_validation_changes_nothing_of_training(
     assert_close(last(config), last(validating), 0, 0)
 
 
-def test_attempts_are_the_same_whatever_the_answers_are(
+def test_answers_do_not_change_the_attempts_of_a_validation(
     hybrid: Config, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Poisoned answers change the score and no attempt, with an oracle asked for as well."""
+    """Poisoned answers change the score and no attempt, even with feedback.source=oracle."""
     from hybrid.evaluate.hybrid_predictor import HybridPredictor
 
     made: list[dict[str, Any]] = []
-    solve = HybridPredictor.solve
+    predict = HybridPredictor.predict
 
     def record(self: HybridPredictor, question: Any) -> Any:
         assert question.answers is None
         assert all(pair.output is None for pair in question.task.test)
-        prediction = solve(self, question)
+        prediction = predict(self, question)
         made.append({k: v for k, v in prediction.items() if k != "spent"})
         return prediction
 
-    monkeypatch.setattr(HybridPredictor, "solve", record)
+    monkeypatch.setattr(HybridPredictor, "predict", record)
     oracle = replace(hybrid, feedback=replace(hybrid.feedback, source="oracle"))
     honest = validate(oracle, last(hybrid), CPU.device)
     seen, made = made, []
@@ -203,11 +201,11 @@ def test_attempts_are_the_same_whatever_the_answers_are(
     garbage = validate(oracle, last(hybrid), CPU.device)
     assert seen == made and len(seen) == HELD
     assert garbage.evaluated == honest.evaluated and garbage.cells != honest.cells, (
-        "nothing compared"
+        "the poisoned answers were not scored"
     )
 
 
-def test_with_an_oracle_in_training_validation_asks_without(root: Path) -> None:
+def test_validation_of_oracle_training_uses_no_feedback(root: Path) -> None:
     sections = {"feedback": {"source": "oracle"}, "training": {"steps": 2}}
     oracle = experiment(root, hybrid_of, logging={"run": "oracle"}, **sections)
     found = joint(oracle, CPU).validation
@@ -215,25 +213,25 @@ def test_with_an_oracle_in_training_validation_asks_without(root: Path) -> None:
     assert found == validate(none, last(oracle), CPU.device)
 
 
-def test_a_start_that_was_trained_on_held_out_tests_is_refused(root: Path) -> None:
+def test_init_from_a_model_trained_on_held_out_tests_is_rejected(root: Path) -> None:
     data = {"hold_out_tasks": 0}
     paths = {"data": str(root / "everything")}
-    knowing = experiment(root, data=data, paths=paths, logging={"run": "knowing"})
-    prepare(knowing.data, knowing.data_folder, silent)
-    pretrain(knowing, CPU)
-    config = experiment(root, hybrid_of, trm={"init_from": "knowing"}, logging={"run": "new"})
+    contaminated = experiment(root, data=data, paths=paths, logging={"run": "contaminated"})
+    prepare(contaminated.data, contaminated.data_folder, silent)
+    pretrain(contaminated, CPU)
+    config = experiment(root, hybrid_of, trm={"init_from": "contaminated"}, logging={"run": "new"})
     with pytest.raises(UserError, match=rf"trained on the tests of {HELD} of the {HELD} held-out"):
         check(config, Joint.kind, Joint.sections)
 
 
-def test_a_start_on_the_same_data_is_taken(root: Path, trm: Config) -> None:
+def test_init_from_a_model_of_the_same_dataset_is_accepted(root: Path, trm: Config) -> None:
     config = experiment(root, hybrid_of, trm={"init_from": "trm"}, logging={"run": "started"})
     check(config, Joint.kind, Joint.sections)
     assert joint(config, CPU).validation is not None
 
 
 @pytest.mark.parametrize("kind", ["trm", "hybrid"])
-def test_killed_between_checkpoint_and_validation_it_is_validated_after_the_restart(
+def test_checkpoint_saved_before_a_kill_is_validated_after_the_restart(
     kind: str, root: Path, request: pytest.FixtureRequest
 ) -> None:
     whole: Config = request.getfixturevalue(kind)
@@ -258,7 +256,7 @@ def test_killed_between_checkpoint_and_validation_it_is_validated_after_the_rest
         ([[5]], [[4]], 0.0),
     ],
 )
-def test_cells_count_where_both_grids_have_them(
+def test_cell_share_counts_cells_present_in_both_grids(
     grid: list[list[int]], answer: list[list[int]], share: float
 ) -> None:
     from hybrid.evaluate.validate import cell_share
@@ -268,10 +266,10 @@ def test_cells_count_where_both_grids_have_them(
     assert cell_share(np.zeros((0, 0), np.uint8), other) == 0.0
 
 
-def test_one_output_more_outweighs_any_share_of_cells() -> None:
-    few = Validation(right=2, evaluated=9, cells=1.0)
+def test_objective_ranks_outputs_before_cells() -> None:
+    fewer = Validation(right=2, evaluated=9, cells=1.0)
     more = Validation(right=3, evaluated=9, cells=0.0)
-    assert few.objective <= more.objective
+    assert fewer.objective <= more.objective
     assert Validation(right=9, evaluated=9, cells=1.0).objective == 1.0
     assert (
         Validation(right=2, evaluated=9, cells=0.4).objective
