@@ -1,4 +1,4 @@
-"""A run that has base_root, whose rows halt at different times."""
+"""Fixtures: a run of one step whose rows halt at different times."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CPU = LocalContext(torch.device("cpu"))
 
 @pytest.fixture(scope="session")
 def base_root(tmp_path_factory: pytest.TempPathFactory, arc1: dict[str, Task]) -> Path:
-    """A root with a dataset and the run `base_root`: one step taken, its halt head undecided."""
+    """Root with a dataset and the run `base`: one step taken, random weights in the halt head."""
     root = tmp_path_factory.mktemp("base")
     write_tasks(root / "training", [arc1[task] for task in TRAINED])
     write_tasks(root / "evaluation", [arc1[task] for task in EVALUATED])
@@ -45,7 +45,7 @@ def base_root(tmp_path_factory: pytest.TempPathFactory, arc1: dict[str, Task]) -
 
 @pytest.fixture
 def copy_run(base_root: Path, request: pytest.FixtureRequest) -> Callable[..., Config]:
-    """copy_run(name, section={key: value}) -> the config of a copy of that run, to be resumed."""
+    """copy_run(name, section={key: value}) -> config of a copy of the run `base`, to be resumed."""
 
     def copy(name: str, **sections: dict[str, Any]) -> Config:
         logging = {**sections.pop("logging", {}), "run": f"{request.node.name}-{name}"}
@@ -58,9 +58,9 @@ def copy_run(base_root: Path, request: pytest.FixtureRequest) -> Callable[..., C
 
 @pytest.fixture
 def hybrid_config(base_root: Path, request: pytest.FixtureRequest) -> Callable[..., Config]:
-    """hybrid_config(name, section={key: value}) -> the config of a new hybrid around that run's TRM.
+    """hybrid_config(name, section={key: value}) -> config of a new hybrid around the TRM of `base`.
 
-    The halt head is undecided, so rows stop after different attempts.
+    Its halt head has random weights, so rows stop after different attempts.
     """
 
     def make(name: str, **sections: dict[str, Any]) -> Config:
@@ -73,7 +73,7 @@ def hybrid_config(base_root: Path, request: pytest.FixtureRequest) -> Callable[.
 
 @pytest.fixture
 def train_on_two(start: Callable[..., BaseProcess], tmp_path: Path) -> Callable[..., None]:
-    """train_on_two(config, loop, adamw): the run by two processes joined over the loopback."""
+    """train_on_two(config, loop, adamw): train in two processes joined over the loopback."""
 
     def run(config: Config, loop: Callable[..., Any] = pretrain, adamw: bool = False) -> None:
         store = tmp_path / f"store-{config.logging.run}"

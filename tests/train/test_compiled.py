@@ -41,13 +41,13 @@ def config_on(root: Path, run: str, steps: int, **cluster: Any) -> Config:
     return config
 
 
-def test_gpus_compile_unless_they_are_told_not_to() -> None:
+def test_compile_defaults_to_on_with_a_gpu() -> None:
     assert [ClusterConfig(use_gpu=gpu).compiles for gpu in (False, True)] == [False, True]
     assert ClusterConfig(compile=True).compiles
     assert not ClusterConfig(use_gpu=True, compile=False).compiles
 
 
-def test_a_machine_without_a_compiler_says_so(
+def test_missing_compiler_raises_a_user_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = pretrain(config_on(tmp_path, "plain", 2), CPU)
@@ -55,13 +55,15 @@ def test_a_machine_without_a_compiler_says_so(
     config = config_on(tmp_path, "compiled", 2, compile=True)
     with pytest.raises(UserError, match=r"^cluster\.compile: no-such-compiler not found"):
         pretrain(config, CPU)
-    asked = replace(config, evaluation=replace(config.evaluation, checkpoint=str(plain.checkpoint)))
+    evaluated = replace(
+        config, evaluation=replace(config.evaluation, checkpoint=str(plain.checkpoint))
+    )
     with pytest.raises(UserError, match=r"^cluster\.compile: no-such-compiler not found"):
-        quietly(asked)
+        quietly(evaluated)
 
 
 @pytest.mark.slow
-def test_compiled_training_is_resumed_to_the_bit_and_close_to_the_plain_one(
+def test_compiled_training_resumes_bit_for_bit_and_matches_eager(
     tmp_path: Path,
 ) -> None:
     torch._dynamo.reset()
@@ -69,7 +71,7 @@ def test_compiled_training_is_resumed_to_the_bit_and_close_to_the_plain_one(
     whole = pretrain(config_on(tmp_path, "whole", 4, compile=True), CPU).checkpoint
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
     pretrain(config_on(tmp_path, "parts", 2, compile=True), CPU)
-    # Another process would have compiled for whatever comes first there.
+    # A new process has an empty compile cache.
     torch._dynamo.reset()
     parts = pretrain(config_on(tmp_path, "parts", 4, compile=True), CPU).checkpoint
     assert_close(whole, parts, 0, 0)
@@ -84,10 +86,10 @@ def test_compiled_training_is_resumed_to_the_bit_and_close_to_the_plain_one(
         assert bool(torch._dynamo.utils.counters["stats"]["unique_graphs"]) == compiled
     one, other = outcomes
     assert one.folder != other.folder
-    assert len(said(one)) > 4 and said(one) == said(other)
+    assert len(votes(one)) > 4 and votes(one) == votes(other)
 
 
-def said(outcome: Outcome) -> list[tuple[int, Any]]:
+def votes(outcome: Outcome) -> list[tuple[int, Any]]:
     """Empty views and grids with their votes, of every test; confidences differ by rounding."""
     files = sorted((outcome.folder / "predictions").glob("*.json"))
     return [

@@ -1,4 +1,4 @@
-"""What can go wrong around a run: a full disk, W&B that is down, a checkpoint that has rotted."""
+"""Faults around a run: a full disk, W&B outages, a damaged checkpoint."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def command(config: Config) -> list[str]:
 
 
 def on_one_core() -> None:
-    """A job computes with as many threads as it has cores, and threads wait for each other."""
+    """Pin the job to one core: it starts one thread per core, and they would compete."""
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})
 
@@ -77,7 +77,7 @@ def undisturbed(root: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def apart() -> list[str]:
-    """Words before a command that may then mount a file system nobody else sees."""
+    """Command prefix that allows a command to mount a private file system."""
     for words in (["unshare", "-m"], ["unshare", "-Urm"]):
         trial = [*words, "sh", "-c", "mount -t tmpfs -o size=64k none /mnt"]
         if shutil.which(words[0]) and run(trial).returncode == 0:
@@ -99,9 +99,9 @@ cp -a "$RUNS/." "$OUT/end"
 def on_a_small_disk(
     apart: list[str], config: Config, out: Path, size: str, then: str = ""
 ) -> tuple[tuple[int, list[str]], tuple[int, list[str]]]:
-    """Codes and complaints of the job on a disk of `size` and, with room made, once more.
+    """Run the job on a disk of `size`, then again with free space; return exit codes and stderr.
 
-    out/full and out/end are what lay in the folder of runs after each.
+    out/full and out/end are copies of the runs folder after each.
     """
     (out / "full").mkdir(parents=True)
     (out / "end").mkdir()
@@ -116,37 +116,37 @@ def on_a_small_disk(
     return first, second
 
 
-def test_a_full_disk_ends_a_run_that_goes_on_when_there_is_room(
+def test_run_on_a_full_disk_fails_and_resumes_when_there_is_space(
     apart: list[str], root: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     whole = sum(file.stat().st_size for file in (undisturbed / LAST).iterdir())
     config = experiment(root, "full", paths={"runs": str(root / "small")})
     size = f"{int(1.7 * whole) // 1024}k"  # for the first checkpoint and a part of the second
-    (code, said), (again, nothing) = on_a_small_disk(apart, config, tmp_path, size)
+    (code, lines), (second_code, second_lines) = on_a_small_disk(apart, config, tmp_path, size)
 
     folder = checkpoints(config) / "step_00000004"
-    assert code == 2, said
-    told = [line for line in said if line.startswith("error: ")]
-    assert len(told) == 1 and said[-1] == told[0]
-    assert told[0].startswith(f"error: {folder}: the checkpoint cannot be written (")
-    assert "No space left" in told[0]
-    assert "the newest complete one is step_00000002; run the same command again" in told[0]
-    assert not any("Traceback" in line for line in said)
+    assert code == 2, lines
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1 and lines[-1] == errors[0]
+    assert errors[0].startswith(f"error: {folder}: the checkpoint cannot be written (")
+    assert "No space left" in errors[0]
+    assert "the newest complete one is step_00000002; run the same command again" in errors[0]
+    assert not any("Traceback" in line for line in lines)
 
     left = tmp_path / "full" / "full" / "checkpoints"
     assert [path.name for path in left.iterdir()] == ["step_00000002"]
     assert_close(left / "step_00000002", undisturbed / "step_00000002", 0, 0)
 
-    assert (again, nothing) == (0, [])
+    assert (second_code, second_lines) == (0, [])
     end = tmp_path / "end" / "full" / "checkpoints"
     assert read(end / LAST).state["step"] == STEPS
     assert_close(end / LAST, undisturbed / LAST, 0, 0)
 
 
-def test_a_disk_without_a_byte_left_ends_a_resumed_run_in_one_line(
+def test_resumed_run_without_any_disk_space_fails_without_traceback(
     apart: list[str], root: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """Where even the log and metrics.jsonl cannot be written."""
+    """Even the log and metrics.jsonl cannot be written."""
     config = experiment(root, "brim", paths={"runs": str(root / "brim")})
     then = """
 mount -o remount,size=8m "$RUNS"
@@ -157,16 +157,16 @@ dd if=/dev/zero of="$RUNS/filler" bs=64k 2>/dev/null; dd if=/dev/zero bs=1 count
 "$@" >"$OUT/brim.out" 2>"$OUT/brim.err"; echo $? >"$OUT/brim.code"
 """
     os.environ["YAML"] = str(root / "brim.yaml")
-    _, (again, _) = on_a_small_disk(apart, config, tmp_path, "64k", then)
-    said = (tmp_path / "brim.err").read_text().splitlines()
-    assert int((tmp_path / "brim.code").read_text()) == 2, said[-3:]
-    assert not any("Traceback" in line for line in said)
-    assert again == 0
+    _, (second_code, _) = on_a_small_disk(apart, config, tmp_path, "64k", then)
+    lines = (tmp_path / "brim.err").read_text().splitlines()
+    assert int((tmp_path / "brim.code").read_text()) == 2, lines[-3:]
+    assert not any("Traceback" in line for line in lines)
+    assert second_code == 0
     assert_close(tmp_path / "end" / "brim" / "checkpoints" / LAST, undisturbed / LAST, 0, 0)
 
 
 LIMIT = 6000
-"""Bytes of a file that the second of two workers may write: enough for its log, not for a carry."""
+"""File size limit of the second worker, bytes: enough for its log, not for its slots."""
 
 
 def train_with_a_limit(rank: int, store: Path, config: Config) -> None:
@@ -179,7 +179,7 @@ def train_with_a_limit(rank: int, store: Path, config: Config) -> None:
         sys.exit(2)
 
 
-def test_if_one_of_two_workers_cannot_write_both_end_and_both_say_so(
+def test_write_failure_of_one_worker_raises_on_both(
     root: Path, tmp_path: Path, start: Callable[..., BaseProcess]
 ) -> None:
     wide = {"training": {"batch_size": 12, "train_accuracy_pairs": 0}}
@@ -201,9 +201,9 @@ def test_if_one_of_two_workers_cannot_write_both_end_and_both_say_so(
     assert [process.exitcode for process in both] == [2, 2]
     assert time.monotonic() - began < 90
     for rank in range(2):
-        said = (tmp_path / f"rank{rank}").read_text()
-        assert said.startswith(f"{checkpoints(config) / 'step_00000004'}: the checkpoint cannot")
-        assert "the newest complete one is step_00000002" in said
+        message = (tmp_path / f"rank{rank}").read_text()
+        assert message.startswith(f"{checkpoints(config) / 'step_00000004'}: the checkpoint cannot")
+        assert "the newest complete one is step_00000002" in message
     assert [path.name for path in checkpoints(config).iterdir()] == ["step_00000002"]
 
     both = [start(train_as_rank, pretrain, r, 2, tmp_path / "c", config) for r in range(2)]
@@ -212,9 +212,7 @@ def test_if_one_of_two_workers_cannot_write_both_end_and_both_say_so(
     assert_close(checkpoints(config) / LAST, checkpoints(alone) / LAST, 0, 0)
 
 
-def test_a_newest_checkpoint_that_has_rotted_is_passed_over_by_the_job(
-    root: Path, undisturbed: Path
-) -> None:
+def test_job_skips_a_damaged_newest_checkpoint(root: Path, undisturbed: Path) -> None:
     config = experiment(root, "rotten")
     shutil.copytree(undisturbed.parent, config.run_folder)
     shutil.rmtree(checkpoints(config) / LAST)
@@ -232,7 +230,7 @@ def test_a_newest_checkpoint_that_has_rotted_is_passed_over_by_the_job(
 
 @pytest.fixture
 def listener() -> Iterator[socket.socket]:
-    """A port that takes connections and never answers."""
+    """A port that accepts connections and never answers."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen(64)
@@ -244,11 +242,11 @@ def with_wandb(url: str) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("answers", ["nobody listens", "never answers"])
-def test_training_ends_as_it_would_when_wandb_is_down(
+@pytest.mark.parametrize("answers", ["refuses", "never answers"])
+def test_training_is_unaffected_by_a_wandb_outage(
     root: Path, undisturbed: Path, listener: socket.socket, answers: str
 ) -> None:
-    port = 9 if answers == "nobody listens" else listener.getsockname()[1]
+    port = 9 if answers == "refuses" else listener.getsockname()[1]
     config = experiment(root, answers.replace(" ", "-"), logging={"wandb": True})
     began = time.monotonic()
     done = run(command(config), env=with_wandb(f"http://127.0.0.1:{port}"))
@@ -258,7 +256,7 @@ def test_training_ends_as_it_would_when_wandb_is_down(
     assert_close(checkpoints(config) / LAST, undisturbed / LAST, 0, 0)
 
 
-def test_wandb_that_is_offline_keeps_its_record_and_does_not_hold_a_run_up(
+def test_offline_wandb_writes_its_record_and_does_not_affect_training(
     root: Path, undisturbed: Path
 ) -> None:
     config = experiment(root, "offline", logging={"wandb": True})

@@ -1,4 +1,4 @@
-"""The hybrid's step on canvases of two sides: every row is read, told and drawn as if alone."""
+"""Joint training batches with canvases of two sides."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, arc1: dict[str, Task]) -> Pat
 
 
 def module_of(config: Config) -> tuple[Joint, dict[str, Tensor]]:
-    """A calibrated hybrid whose adapters speak, differently of every position, and a batch."""
+    """Return a calibrated hybrid whose adapters output non-zero latents, and a batch."""
     module = Joint(config, Dataset.open(config.data_folder), CPU, SIX)
     draw = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -73,12 +73,12 @@ def module_of(config: Config) -> tuple[Joint, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("micro", [1, 2])
-def test_micro_batches_add_up_to_the_undivided_joint_step(root: Path, micro: int) -> None:
+def test_micro_batches_match_the_full_batch(root: Path, micro: int) -> None:
     config = config_on(root, "none", feedback={"source": "confidence", "threshold": 0.5})
     divided = replace(config, training=replace(config.training, micro_batch_size=micro))
     (one, batch), (other, same) = module_of(config), module_of(divided)
     sums, parts = one.step(batch, 100), other.step(same, 100)
-    for name in sums.keys() - {"latent_variance", "compared"}:  # between the rows of a micro-batch
+    for name in sums.keys() - {"latent_variance", "compared"}:  # computed per micro-batch
         torch.testing.assert_close(parts[name].double(), sums[name].double(), rtol=1e-5, atol=1e-8)
     for name, weight in one.state.model.named_parameters():
         found = other.state.model.get_parameter(name)
@@ -87,12 +87,12 @@ def test_micro_batches_add_up_to_the_undivided_joint_step(root: Path, micro: int
 
 
 @pytest.mark.parametrize("source", ["confidence", "oracle"])
-def test_a_step_on_mixed_canvases_is_the_sum_of_its_rows_alone(
+def test_mixed_canvas_step_matches_rows_computed_separately(
     root: Path, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Gradients of TRM and adapters, of puzzle rows, loss and attempts.
+    """Compare gradients of TRM, adapters and puzzle rows, loss and number of attempts.
 
-    Confidence stops every row at once but those that explore; the oracle says how wrong each is.
+    With confidence, every row that does not explore stops after one attempt.
     """
     config = config_on(root, "none", feedback={"source": source, "threshold": 0.0})
     module, batch = module_of(config)
@@ -101,16 +101,16 @@ def test_a_step_on_mixed_canvases_is_the_sum_of_its_rows_alone(
         assert torch.equal(value, alone.solver.state_dict()[name]), name
     assert all(torch.equal(value, same[name]) for name, value in batch.items())
     assert batch["side"].tolist() == [12, 12, 12, 11, 11, 11]
-    given: list[Tensor] = []
+    puzzle_grads: list[Tensor] = []
     monkeypatch.setattr(
         "hybrid.train.update.sign_sgd_",
-        lambda table, ids, grads, **keys: given.append(grads.clone()),
+        lambda table, ids, grads, **keys: puzzle_grads.append(grads.clone()),
     )
     sums = module.step(batch, 100)
 
     alone.state.step += 1
     alone.solver.train()
-    least = alone._min_attempts().tolist()
+    minimum = alone._min_attempts().tolist()
     assert alone.reader is not None
     problems = alone.stream.problems(np.array(SIX))
     rows, made, loss = [], 0, 0.0
@@ -119,15 +119,15 @@ def test_a_step_on_mixed_canvases_is_the_sum_of_its_rows_alone(
         row |= {name: row[name][:, : side**2] for name in ("inputs", "labels")}
         ids = batch["puzzle_identifiers"][n : n + 1].long()
         puzzle_rows = alone.state.trm.puzzle_table[ids].requires_grad_()
-        encoding = alone.reader.prefill([alone.reader.prompt(problems[n])])
+        cache = alone.reader.prefill([alone.reader.prompt(problems[n])])
         window = torch.zeros(())
         for attempt in attempts(
             alone.solver,
-            alone.solver.initial_state(row, puzzle_rows, encoding),
+            alone.solver.initial_state(row, puzzle_rows, cache),
             alone._feedback_source(row),
             max_attempts=3,
             history=config.feedback.history,
-            min_attempts=[least[n]],
+            min_attempts=[minimum[n]],
             bptt=2,
         ):
             part, _ = act_loss(
@@ -148,71 +148,77 @@ def test_a_step_on_mixed_canvases_is_the_sum_of_its_rows_alone(
         theirs = alone.solver.get_parameter(name).grad
         assert theirs is not None and theirs.any(), name
         torch.testing.assert_close(weight.grad, theirs, rtol=1e-4, atol=1e-7, msg=name)
-    torch.testing.assert_close(given[0], torch.cat(rows), rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(puzzle_grads[0], torch.cat(rows), rtol=1e-4, atol=1e-8)
     assert float(sums["attempts"]) == made
     assert 6 < made < 18 if source == "confidence" else made == 18
     assert float(sums["lm_loss"] + 0.5 * sums["q_halt_loss"]) == pytest.approx(loss, rel=1e-6)
 
 
-def test_the_adapter_speaks_to_the_cells_where_they_are() -> None:
-    """Table rows of the places that are given, and gradients to these alone."""
+def test_adapter_uses_the_position_rows_of_the_canvas() -> None:
+    """Only the given rows of the position table are used and have a gradient."""
     full, small, prefix, D = 6, 4, 2, 8
     adapter = TextToLatentAdapter(24, prefix + full**2, D, AdapterConfig(hidden=16), 0)
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         adapter.mlp.layers[-1].weight.normal_(generator=draw)
         adapter.positions.normal_(generator=draw)
-    places = [*range(prefix), *(prefix + full * r + c for r in range(small) for c in range(small))]
+    positions = [
+        *range(prefix),
+        *(prefix + full * r + c for r in range(small) for c in range(small)),
+    ]
     hidden = torch.randn(3, 24, generator=draw)
-    whole, few = adapter(hidden), adapter(hidden, torch.tensor(places))
+    whole, few = adapter(hidden), adapter(hidden, torch.tensor(positions))
     for state, value in few.items():
-        assert value.shape == (3, len(places), D)
-        assert torch.equal(value, whole[state][:, places])
+        assert value.shape == (3, len(positions), D)
+        assert torch.equal(value, whole[state][:, positions])
     sum(value.square().sum() for value in few.values()).backward()
-    moved = adapter.positions.grad.any(-1).any(0).nonzero().flatten().tolist()
-    assert moved == places
+    trained = adapter.positions.grad.any(-1).any(0).nonzero().flatten().tolist()
+    assert trained == positions
 
 
-def test_a_step_tells_every_row_of_its_own_cells(root: Path) -> None:
-    """What the adapter adds at each attempt, seen from outside."""
+def test_step_passes_each_canvas_its_own_positions(root: Path) -> None:
+    """Check positions and shapes of the adapter's outputs in every attempt."""
     module, batch = module_of(config_on(root, "none", feedback={"source": "none"}))
     assert module.solver.to_latent is not None
-    told: list[tuple[Any, dict[str, Tensor]]] = []
+    calls: list[tuple[Any, dict[str, Tensor]]] = []
     module.solver.to_latent.register_forward_hook(
-        lambda module, given, made: told.append((given[1], made))
+        lambda module, inputs, made: calls.append((inputs[1], made))
     )
     module.step(batch, 100)
     small = [0, *(1 + 12 * r + c for r in range(11) for c in range(11))]
     seen = set()
-    for places, made in told:
+    for positions, made in calls:
         cells = made["x"].shape[1] - 1
         assert made.keys() == {"z_H", "z_L", "x"}
-        assert (places.tolist() if cells == 121 else places) == (small if cells == 121 else None)
+        assert (positions.tolist() if cells == 121 else positions) == (
+            small if cells == 121 else None
+        )
         assert len(made["x"]) == int((batch["side"] ** 2 == cells).sum())
         seen.add(cells)
     assert seen == {121, 144}
 
 
-def test_a_probe_plays_each_row_on_its_own_canvas(root: Path) -> None:
-    """In one batch or alone, and nothing is said beyond the canvas."""
-    said = []
+def test_predict_training_pairs_uses_the_canvas_of_each_row(root: Path) -> None:
+    """Batch size does not matter, and tokens outside the canvas are PAD."""
+    results = []
     for size in (6, 1):
         config = config_on(root, "none", evaluation={"batch_size": size})
         module, _ = module_of(config)
         with torch.no_grad():
             module.state.trm.lm_head.weight.normal_(generator=torch.Generator().manual_seed(8))
-        said.append(module.predict_training_pairs(module.stream, 9))
-    assert set(said[0]["side"].tolist()) == {11, 12}
-    assert np.array_equal(said[0]["predicted"], said[1]["predicted"])
-    for n, side in enumerate(said[0]["side"].tolist()):
-        assert not said[0]["predicted"][n, side**2 :].any()
-        assert len(set(said[0]["predicted"][n, : side**2].tolist())) > 1
+        results.append(module.predict_training_pairs(module.stream, 9))
+    assert set(results[0]["side"].tolist()) == {11, 12}
+    predicted = results[0]["predicted"]
+    assert np.array_equal(predicted, results[1]["predicted"])
+    for n, side in enumerate(results[0]["side"].tolist()):
+        assert not predicted[n, side**2 :].any()
+        assert len(set(predicted[n, : side**2].tolist())) > 1
 
 
-def test_news_is_measured_on_every_row_with_its_own_problem(
+def test_calibration_reads_every_row_with_its_own_problem(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three rows on two canvases at a time, or one row after the other: the same rows are read."""
+    """Batches of three rows on two canvases give the same statistics as single rows."""
     monkeypatch.setattr(sys.modules["hybrid.train.joint"], "CALIBRATION_ROWS", 18)
     found = []
     for size in (3, 1):
@@ -224,7 +230,7 @@ def test_news_is_measured_on_every_row_with_its_own_problem(
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_a_joint_run_resumes_bit_for_bit(root: Path) -> None:
+def test_resumed_run_matches_uninterrupted_run(root: Path) -> None:
     folders = []
     for run, lengths in (("whole", (4,)), ("halves", (2, 4))):
         for steps in lengths:

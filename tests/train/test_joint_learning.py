@@ -1,4 +1,4 @@
-"""Joint training of a language model that computes in bfloat16 and learns in float32."""
+"""Joint training of a language model with bfloat16 compute and float32 weights."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ CPU = LocalContext(torch.device("cpu"))
 PROBLEM, TEXT = [5, 6, 7, 8, 9], [50, 51, 52]
 
 
-class Kept(Joint):
-    """The last learner, and the language model's weights before its first step."""
+class Recorder(Joint):
+    """Joint module that records the language model's initial weights."""
 
-    made: Kept
+    made: Recorder
 
     def __init__(self, *args: object) -> None:
         super().__init__(*args)  # type: ignore[arg-type]
-        Kept.made = self
+        Recorder.made = self
         self.before = {name: value.clone() for name, value in self.llama().items()}
 
     def llama(self) -> dict[str, Tensor]:
@@ -42,7 +42,7 @@ def hidden(reader: Reader) -> Tensor:
     return backbone.read(backbone.prefill([PROBLEM]), latent, [TEXT])
 
 
-def test_thirty_small_steps_move_every_weight_and_are_what_an_evaluation_reads(
+def test_small_updates_change_every_weight_and_reach_evaluation(
     hybrid_config: HybridConfig,
 ) -> None:
     config = hybrid_config(
@@ -50,19 +50,19 @@ def test_thirty_small_steps_move_every_weight_and_are_what_an_evaluation_reads(
         training={"steps": 30, "weight_decay": 0, "lr_warmup_steps": 0, "max_attempts": 1},
         llama={"frozen": False, "lr": 1e-5, "dtype": "bfloat16"},
     )
-    result = train(config, CPU, Kept)
-    module = Kept.made
+    result = train(config, CPU, Recorder)
+    module = Recorder.made
     assert module.reader is not None and module.reader.backbone.dtype == torch.bfloat16
-    kept = {part: read(result.checkpoint).tensors(part) for part in ("model", "ema")}
+    saved = {part: read(result.checkpoint).tensors(part) for part in ("model", "ema")}
     for name, weight in module.llama().items():
         had_gradient = module.state.optimizer.v[name] > 0
         assert had_gradient.any(), name
         assert (weight != module.before[name])[had_gradient].all(), name
-        moved = kept["ema"][name] != module.before[name]
-        assert moved[had_gradient].float().mean() > 0.99, name
-        assert {tensors[name].dtype for tensors in kept.values()} == {torch.float32}
-    answerer = HybridPredictor(read(result.checkpoint), config, CPU.device)
-    assert answerer.model.reader is not None
+        changed = saved["ema"][name] != module.before[name]
+        assert changed[had_gradient].float().mean() > 0.99, name
+        assert {tensors[name].dtype for tensors in saved.values()} == {torch.float32}
+    predictor = HybridPredictor(read(result.checkpoint), config, CPU.device)
+    assert predictor.model.reader is not None
     with module.state.ema.applied():
-        assert torch.equal(hidden(module.reader), hidden(answerer.model.reader))
-    assert not torch.equal(hidden(module.reader), hidden(answerer.model.reader))
+        assert torch.equal(hidden(module.reader), hidden(predictor.model.reader))
+    assert not torch.equal(hidden(module.reader), hidden(predictor.model.reader))

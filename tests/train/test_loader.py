@@ -1,4 +1,4 @@
-"""A halted slot gets its own next row, and nobody else gets or loses one."""
+"""SlotLoader: halted slots take their next row, the others keep theirs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ halting = st.lists(st.lists(st.booleans(), min_size=SLOTS, max_size=SLOTS), max_
 
 
 class Rounds:
-    """Rounds whose rows say where they come from, and how many of them were asked for."""
+    """Rounds whose rows encode slot and round; `next` counts the rounds made."""
 
     def __init__(self, first: int = 0) -> None:
         self.next = first
@@ -43,10 +43,8 @@ class Rounds:
 
 
 def carry_of(current: dict[str, Tensor], halted: list[bool]) -> Carry:
-    nothing = torch.zeros(SLOTS)
-    return Carry(
-        z_H=nothing, z_L=nothing, steps=nothing, halted=torch.tensor(halted), current=current
-    )
+    zeros = torch.zeros(SLOTS)
+    return Carry(z_H=zeros, z_L=zeros, steps=zeros, halted=torch.tensor(halted), current=current)
 
 
 def empty() -> dict[str, Tensor]:
@@ -74,10 +72,10 @@ def refill(loader: SlotLoader, current: dict[str, Tensor], halted: list[bool]) -
 
 @settings(deadline=None, max_examples=60)
 @given(halting, st.integers(0, 30))
-def test_halted_slots_take_their_next_row_whatever_the_others_do(
+def test_halted_slots_take_their_next_row_and_others_keep_theirs(
     pattern: Halting, interruption: int
 ) -> None:
-    """Against counting by hand; the run is interrupted once and resumed from `taken`."""
+    """Compare with counters; the run is interrupted once and resumed from `rows_consumed`."""
     loader = loader_of(Rounds())
     current, expected = empty(), [0] * SLOTS  # rows taken, by slot
     for step, halted in enumerate([[True] * SLOTS, *pattern]):
@@ -98,7 +96,7 @@ def test_halted_slots_take_their_next_row_whatever_the_others_do(
 
 @settings(deadline=None, max_examples=60)
 @given(halting)
-def test_no_more_rounds_are_held_than_slots_are_apart(pattern: Halting) -> None:
+def test_loader_holds_only_rounds_between_slowest_and_fastest_slot(pattern: Halting) -> None:
     rounds = Rounds()
     loader = loader_of(rounds)
     current = empty()
@@ -106,28 +104,28 @@ def test_no_more_rounds_are_held_than_slots_are_apart(pattern: Halting) -> None:
         current = refill(loader, current, halted)
         fastest, slowest = int(loader.rows_consumed.max()), int(loader.rows_consumed.min())
         assert len(loader.held) == fastest - slowest
-        assert rounds.next == fastest, "rounds were made that nobody has asked for"
+        assert rounds.next == fastest, "rounds were made ahead of need"
 
 
-def test_padding_is_not_a_label() -> None:
+def test_pad_labels_become_ignore() -> None:
     loader = loader_of(Rounds())
     batch = refill(loader, empty(), [True] * SLOTS)
     assert batch["labels"].tolist() == [[IGNORE, 5]] * SLOTS
 
 
-def test_a_row_without_labels_is_never_handed_out() -> None:
-    def silent() -> Iterator[Rows]:
+def test_a_row_without_labels_raises() -> None:
+    def unlabeled() -> Iterator[Rows]:
         for rows in Rounds():
             rows["labels"][2] = 0
             yield rows
 
-    loader = loader_of(silent())
+    loader = loader_of(unlabeled())
     refill(loader, empty(), [True, True, False, True])
     with pytest.raises(AssertionError, match="a training row without labels"):
         refill(loader, empty(), [False, False, True, False])
 
 
-def test_it_says_how_long_it_has_waited_for_rounds() -> None:
+def test_waited_counts_seconds_spent_on_rounds() -> None:
     class Slow(Rounds):
         def __next__(self) -> Rows:
             time.sleep(0.05)
@@ -139,4 +137,4 @@ def test_it_says_how_long_it_has_waited_for_rounds() -> None:
         assert loader.waited >= 0.05 * rounds
     waited = loader.waited
     refill(loader, empty(), [False] * SLOTS)
-    assert loader.waited == waited, "nothing was taken"
+    assert loader.waited == waited, "no slot took a row"

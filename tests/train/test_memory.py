@@ -1,4 +1,4 @@
-"""The memory that an estimate counts is what autograd saves for backward."""
+"""Memory estimates against the tensors that autograd saves for backward."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def saved(model: nn.Module, run: Callable[[], object]) -> int:
-    """Bytes of the storages that autograd saves while `run` makes a graph, weights aside."""
+    """Return the bytes of storages, except weights, that autograd saves while `run` is called."""
     own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
-    kept: list[Tensor] = []  # alive, so that no storage takes the place of another
+    kept: list[Tensor] = []  # kept alive, so that no address is reused
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def pretraining(trm: TRM, count: int) -> int:
 
 
 def per_row(measure: Callable[[int], int]) -> float:
-    """Without what does not depend on the rows, like casts of weights."""
+    """Return bytes per row without those that do not depend on rows, like casts of weights."""
     return (measure(2 * ROWS) - measure(ROWS)) / ROWS
 
 
@@ -84,15 +84,13 @@ def check_cycle(trm: TRM, dtype: str, compiled: bool) -> None:
 
 @pytest.mark.parametrize("dtype", WIDTHS)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_a_step_of_pretraining_keeps_one_cycle(sizes: dict[str, Any], dtype: str) -> None:
+def test_pretraining_step_saves_one_cycle(sizes: dict[str, Any], dtype: str) -> None:
     check_cycle(trm_of(dtype, **sizes), dtype, compiled=False)
 
 
 @pytest.mark.parametrize("dtype", WIDTHS)
-def test_compiled_it_keeps_what_its_graph_saves(
-    monkeypatch: pytest.MonkeyPatch, dtype: str
-) -> None:
-    """The partition into forward and backward decides it, so no kernels need be built."""
+def test_compiled_step_saves_what_is_estimated(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """The partition into forward and backward graphs decides, so no kernels are compiled."""
     compiler = partial(torch.compile, backend="aot_eager_decomp_partition")
     monkeypatch.setattr(torch, "compile", compiler)
     torch._dynamo.reset()
@@ -103,7 +101,7 @@ def test_compiled_it_keeps_what_its_graph_saves(
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-def test_an_attempt_keeps_all_cycles_or_the_states_between(recompute: bool) -> None:
+def test_attempt_saves_all_cycles_or_with_recompute_the_states_between(recompute: bool) -> None:
     trm = trm_of("bfloat16", **SIZES["narrow"])
 
     def attempt(count: int) -> int:
@@ -119,9 +117,9 @@ def test_an_attempt_keeps_all_cycles_or_the_states_between(recompute: bool) -> N
     )
     counted = worker_of(config, trm=trm.config, hybrid=True).parts()["activations"] / ROWS
     cycle = cycle_bytes(trm.config, 2, compiled=False, on_cpu=True)
-    counted -= cycle / 6  # what backward works with
+    counted -= cycle / 6  # gradients during backward
     if recompute:
-        counted -= cycle  # that backward computes again
+        counted -= cycle  # recomputed by backward
     assert counted == pytest.approx(per_row(attempt), rel=0.15)
 
 
@@ -140,7 +138,7 @@ def decoder(layers: int, dtype: str, frozen: bool) -> Backbone:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("dtype", WIDTHS)
-def test_a_layer_keeps_what_is_counted(dtype: str, frozen: bool, masked: bool) -> None:
+def test_llm_layer_saves_what_is_estimated(dtype: str, frozen: bool, masked: bool) -> None:
     tokens = 192
     width = WIDTHS[dtype]
 
@@ -161,9 +159,6 @@ def test_a_layer_keeps_what_is_counted(dtype: str, frozen: bool, masked: bool) -
     assert counted == pytest.approx(reading(2) - reading(1), rel=0.15)
 
 
-# The sum
-
-
 def worker_of(config: Config, **changes: Any) -> Worker:
     worker = Worker(
         config=config,
@@ -177,7 +172,7 @@ def worker_of(config: Config, **changes: Any) -> Worker:
     return replace(worker, **changes)
 
 
-def test_rows_at_a_time_take_activations_and_all_rows_a_carry() -> None:
+def test_activations_scale_with_the_micro_batch_and_the_carry_with_all_rows() -> None:
     config = config_of(Path("/nowhere"))
     whole = worker_of(config, rows=64, micro=64).parts()
     parts = worker_of(config, rows=64, micro=16).parts()
@@ -185,7 +180,7 @@ def test_rows_at_a_time_take_activations_and_all_rows_a_carry() -> None:
     assert parts["carry"] == whole["carry"] > 0
 
 
-def test_the_rows_proposed_are_the_most_that_fit() -> None:
+def test_largest_micro_batch_is_the_largest_that_fits() -> None:
     worker = worker_of(config_of(Path("/nowhere")), rows=96)
     sizes = {
         micro: sum(replace(worker, micro=micro).parts().values()) / GiB / 0.9
@@ -196,13 +191,13 @@ def test_the_rows_proposed_are_the_most_that_fit() -> None:
     assert largest_micro_batch(worker, 0.9999 * sizes[1]) == 0
 
 
-def test_an_estimate_for_a_gpu_proposes_rows_at_a_time() -> None:
+def test_gpu_estimate_suggests_a_micro_batch_size() -> None:
     config = config_of(Path("/nowhere"), cluster={"use_gpu": True})
-    assert "training.micro_batch_size: 80 GiB hold all" in estimate(config, "trm")
+    assert "training.micro_batch_size: 80 GiB fit all" in estimate(config, "trm")
     assert "micro_batch_size" not in estimate(config_of(Path("/nowhere")), "trm")
 
 
-def test_the_puzzle_table_is_estimated_before_there_is_a_dataset() -> None:
+def test_puzzle_table_is_estimated_before_the_dataset_is_prepared() -> None:
     data = {"training": ["arc1-training"], "evaluation": ["arc1-evaluation"], "variants": 10}
     text = estimate(config_of(Path("/nowhere"), data=data), "trm")
     assert f"puzzle table about {800 * 11 + 1:,} x" in text
@@ -217,13 +212,13 @@ def memory(**llama: Any) -> float:
     return float(estimate(config, "hybrid").split("memory of a worker: about ")[1].split()[0])
 
 
-def test_what_a_language_model_needs() -> None:
+def test_memory_of_a_language_model() -> None:
     weights = 2 * 8.03e9 / GiB
     assert weights < memory() < 1.5 * weights
-    # A prompt that is read at every attempt, with its activations of all layers or of one.
+    # The prompt is read in every attempt and saves activations of all layers or of one.
     assert memory(prefix="problem", recompute=False) > 5 * memory(prefix="problem")
     assert memory(prefix="problem") > memory() + 4
-    # Float32 master, gradient, moments and average of all but the head.
+    # Float32 weights, gradients, moments and EMA of all but the head.
     assert memory(frozen=False) > 20 * 7.5e9 / GiB
     head = memory(max_new_tokens=1) - memory()
     assert head == pytest.approx(2 * 525_336_576 / GiB, rel=0.1)

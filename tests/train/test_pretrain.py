@@ -1,4 +1,4 @@
-"""A whole run: its length, what it writes, what it learns, and its estimate beforehand."""
+"""Pretraining runs: length, metrics, output files, estimate and learning."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_every_architecture_trains_and_resumes(base_root: Path, train: Train, na
             assert torch.equal(a[key], b[key]), (path.name, key)
 
 
-def test_length_in_epochs_is_enough_steps_to_offer_every_row(base_root: Path) -> None:
+def test_epochs_are_enough_steps_to_offer_every_row(base_root: Path) -> None:
     dataset = Dataset.open(config_of(base_root).data_folder)
     rows = len(Stream(dataset, 0))
     assert rows == dataset.meta["counts"]["training_pairs"] == 27
@@ -71,15 +71,17 @@ def test_length_in_epochs_is_enough_steps_to_offer_every_row(base_root: Path) ->
         total_steps(config_of(base_root, training={"steps": None}), rows)
 
 
-def test_metrics_say_what_happened(copy_run: CopyRun, train: Train) -> None:
-    """Every second step a line: means over rows that ended, losses over rows asked."""
+def test_metrics_are_means_over_finished_rows_and_losses_over_all_rows(
+    copy_run: CopyRun, train: Train
+) -> None:
+    """A line is written every `logging.every` steps."""
     config = copy_run("a", training={"steps": 8, "save_every": 100}, logging={"every": 2})
     train(config)
     lines = [line for line in metrics(config.run_folder) if "loss" in line]
     assert [line["step"] for line in lines] == [1, 2, 4, 6, 8]
     for line in lines:
         assert line["loss"] == pytest.approx(line["lm_loss"] + 0.5 * line["q_halt_loss"])
-        assert 1 < line["lm_loss"] < 4, "not near log(12), so not a mean over the rows asked"
+        assert 1 < line["lm_loss"] < 4, "a mean over all rows is near log(12)"
         assert 0 <= line["exact_accuracy"] <= line["accuracy"] <= 1
         assert 0 <= line["q_halt_accuracy"] <= 1 and 0 <= line["steps"] <= 4
     rows_consumed = load_file(
@@ -88,7 +90,7 @@ def test_metrics_say_what_happened(copy_run: CopyRun, train: Train) -> None:
     assert lines[-1]["epoch"] == pytest.approx(int(rows_consumed.sum()) / 27)
 
 
-def test_probes_see_the_averaged_weights_and_training_does_not(
+def test_train_accuracy_uses_ema_weights_and_training_does_not(
     copy_run: CopyRun, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[dict[str, torch.Tensor]] = []
@@ -107,7 +109,7 @@ def test_probes_see_the_averaged_weights_and_training_does_not(
         assert torch.equal(value, ema[name]) and not torch.equal(value, last[name]), name
 
 
-def test_a_checkpoint_says_what_it_is(copy_run: CopyRun, train: Train) -> None:
+def test_state_json_describes_dataset_model_and_config(copy_run: CopyRun, train: Train) -> None:
     config = copy_run("a", training={"steps": 2})
     checkpoint = read(train(config).checkpoint)
     dataset = Dataset.open(config.data_folder)
@@ -118,7 +120,9 @@ def test_a_checkpoint_says_what_it_is(copy_run: CopyRun, train: Train) -> None:
     assert pairs == trained_on(dataset) and len(pairs) == len(set(pairs)) == 27
 
 
-def test_logs_go_to_the_run_folder_and_nowhere_else_after(copy_run: CopyRun, train: Train) -> None:
+def test_log_goes_to_the_run_folder_and_its_handler_is_removed(
+    copy_run: CopyRun, train: Train
+) -> None:
     config = copy_run("a", training={"steps": 2})
     handlers = list(logging.getLogger("hybrid").handlers)
     train(config)
@@ -128,10 +132,10 @@ def test_logs_go_to_the_run_folder_and_nowhere_else_after(copy_run: CopyRun, tra
         "checkpoints",
         "metrics.jsonl",
         "train_0.log",
-    }, "logging.wandb=false has left something"
+    }, "logging.wandb=false left a file"
 
 
-def test_progress_is_the_newest_whole_line_with_a_loss(tmp_path: Path) -> None:
+def test_progress_is_the_newest_complete_line_with_a_loss(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert _last(path) is None
     lines = [{"step": n, "loss": 1.0, "padding": "x" * 90} for n in range(100)]
@@ -140,20 +144,20 @@ def test_progress_is_the_newest_whole_line_with_a_loss(tmp_path: Path) -> None:
     assert _last(path) == lines[-1]
 
 
-def test_the_estimate_is_that_of_the_model_that_will_run(copy_run: CopyRun, train: Train) -> None:
+def test_estimate_matches_the_trained_model(copy_run: CopyRun, train: Train) -> None:
     config = copy_run("a", training={"steps": 2})
     tensors = load_file(train(config).checkpoint / "ema.safetensors")
     trained = sum(value.numel() for value in tensors.values())
     text = estimate(config, "trm")
     assert f"parameters: {trained:,} trained in the TRM, puzzle table 37 x 32" in text
-    assert "steps: 2 of 6 rows (27 rows an epoch)" in text
-    nothing = config_of(Path("/nowhere"))
-    assert "not known yet: /nowhere/arc/processed: no dataset here" in estimate(nothing, "trm")
+    assert "steps: 2 of 6 rows (27 rows per epoch)" in text
+    unprepared = config_of(Path("/nowhere"))
+    assert "not known yet: /nowhere/arc/processed: no dataset here" in estimate(unprepared, "trm")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [None, "disabled"])
-def test_wandb_is_offline_by_itself_and_off_when_disabled(
+def test_wandb_is_offline_without_a_key_and_off_when_disabled(
     copy_run: CopyRun,
     train: Train,
     monkeypatch: pytest.MonkeyPatch,
@@ -176,18 +180,18 @@ def test_wandb_is_offline_by_itself_and_off_when_disabled(
             parts -= {part for part in parts if part in file.read_bytes()}
         assert not parts, f"{file.name} does not hold {parts}"
         [table] = file.parent.glob("files/media/table/training pairs_*.json")
-        assert len(json.loads(table.read_text())["data"]) == 4, "as many as were probed"
+        assert len(json.loads(table.read_text())["data"]) == 4, "one row per training pair"
         staged = [path.read_bytes() for path in tmp_path.glob(".local/share/wandb/**/tmp*")]
-        pictures = [data for data in staged if data.startswith(b"\x89PNG")]
-        assert len(pictures) >= 8, "inputs and answers differ"
-        for data in pictures:
+        images = [data for data in staged if data.startswith(b"\x89PNG")]
+        assert len(images) >= 8, "inputs and answers differ"
+        for data in images:
             with Image.open(io.BytesIO(data)) as image:
                 assert image.width % 12 == image.height % 12 == 0
 
 
 @pytest.mark.slow
 def test_a_tiny_model_learns_its_training_pairs(tmp_path: Path, train: Train) -> None:
-    """The 15 ARC-1 tasks that fit 3 x 3: from none to a third of 68 pairs exactly right."""
+    """Train on the 15 ARC-1 tasks that fit 3 x 3: accuracy on 68 pairs rises from 0 to a third."""
     config = config_of(
         tmp_path,
         data={"training": [], "evaluation": ["arc1-training"], "variants": 0, "max_side": 3},
@@ -211,14 +215,14 @@ def test_a_tiny_model_learns_its_training_pairs(tmp_path: Path, train: Train) ->
     assert accuracies == sorted(accuracies) and accuracies[-1] > 0.2
 
 
-def test_the_share_of_waiting_is_that_of_its_own_steps(base_root: Path) -> None:
-    """Rows that take long to come are seen, in the lines of the steps that waited for them."""
+def test_waiting_for_rows_covers_the_steps_of_its_line(base_root: Path) -> None:
+    """Make rows slow; the metric counts the wait in the line of the steps that waited."""
     slow = 0.1
     waits: list[int] = []
 
     class Slow(LocalContext):
-        def rounds(self, *asked: Any) -> Iterator[Rows]:
-            for made in super().rounds(*asked):
+        def rounds(self, *args: Any) -> Iterator[Rows]:
+            for made in super().rounds(*args):
                 waits.append(1)
                 time.sleep(slow)
                 yield made

@@ -1,4 +1,4 @@
-"""A run that was interrupted is the run that was not, to the last bit."""
+"""Interrupted and resumed runs equal uninterrupted ones bit for bit."""
 
 from __future__ import annotations
 
@@ -36,39 +36,39 @@ CPU = LocalContext(torch.device("cpu"))
 WRITTEN = {
     "model.safetensors": "weights, H_init, L_init",
     "puzzle_table.safetensors": "puzzle table",
-    "ema.safetensors": "moving average",
+    "ema.safetensors": "EMA",
     "optimizer.safetensors": "moments",
-    "slots_000000_000006.safetensors": "carry and place in the stream",
+    "slots_000000_000006.safetensors": "carry and position in the stream",
     "config.yaml": "config",
     "trained_on.json": "pairs trained on",
-    "state.json": "the rest",
+    "state.json": "metadata",
 }
 
 
 def folders(config: Config) -> dict[int, Path]:
-    found = sorted((config.run_folder / "checkpoints").glob("step_*[0-9]"))
-    return {int(folder.name.removeprefix("step_")): folder for folder in found}
+    paths = sorted((config.run_folder / "checkpoints").glob("step_*[0-9]"))
+    return {int(path.name.removeprefix("step_")): path for path in paths}
 
 
 def assert_same_bits(one: Path, other: Path) -> None:
     assert {path.name for path in one.iterdir()} == WRITTEN.keys()
-    for name, what in WRITTEN.items():
+    for name, content in WRITTEN.items():
         if name.endswith(".safetensors"):
             a, b = load_file(one / name), load_file(other / name)
             assert a.keys() == b.keys(), name
             for key in a:
-                assert torch.equal(a[key], b[key]), f"{what}: {key} differs"
+                assert torch.equal(a[key], b[key]), f"{content}: {key} differs"
     kept = ("format", "kind", "step", "world_size", "trm", "dataset", "versions")
     a, b = (read(folder).state for folder in (one, other))
     assert {key: a[key] for key in kept} == {key: b[key] for key in kept}
 
 
-def without_probes(config: Config) -> list[dict[str, Any]]:
+def step_metrics(config: Config) -> list[dict[str, Any]]:
     return [line for line in metrics(config.run_folder) if "loss" in line]
 
 
-def test_rows_of_the_run_halt_at_different_times(copy_run: CopyRun, train: Train) -> None:
-    """Else the tests below would not see a carry or a place in the stream that is lost."""
+def test_rows_of_the_test_run_halt_at_different_times(copy_run: CopyRun, train: Train) -> None:
+    """Precondition: otherwise a lost carry or stream position would not fail the tests below."""
     config = copy_run("a", training={"steps": 8, "save_every": 1})
     train(config)
     for step in (3, 4, 8):
@@ -77,7 +77,7 @@ def test_rows_of_the_run_halt_at_different_times(copy_run: CopyRun, train: Train
         assert slots["halted"].any() and not slots["halted"].all(), step
 
 
-def test_four_steps_are_two_and_a_new_process_and_two(
+def test_resumed_run_matches_uninterrupted_run(
     copy_run: CopyRun, train: Train, start: Start
 ) -> None:
     whole = copy_run("whole", training={"steps": 5, "save_every": 100})
@@ -95,13 +95,13 @@ def test_four_steps_are_two_and_a_new_process_and_two(
         assert process.exitcode == 0
     assert list(folders(halves)) == [1, 3, 5]
     assert_same_bits(folders(whole)[5], folders(halves)[5])
-    assert without_probes(halves) == without_probes(whole)
-    probes = [line for line in metrics(halves.run_folder) if "loss" not in line]
-    assert [line["step"] for line in probes] == [0, 1, 3, 5]
+    assert step_metrics(halves) == step_metrics(whole)
+    accuracies = [line for line in metrics(halves.run_folder) if "loss" not in line]
+    assert [line["step"] for line in accuracies] == [0, 1, 3, 5]
 
 
-def test_from_every_checkpoint_the_rest_is_the_same(copy_run: CopyRun, train: Train) -> None:
-    """Saved at steps that `logging.every` does not divide: no line may change for it."""
+def test_resuming_from_any_checkpoint_gives_the_same_run(copy_run: CopyRun, train: Train) -> None:
+    """The checkpoint steps are no multiples of `logging.every`; metrics.jsonl must not change."""
     sections = {"training": {"steps": 8, "save_every": 3}, "logging": {"every": 4}}
     whole = copy_run("whole", **sections)
     train(whole)
@@ -119,7 +119,7 @@ def test_from_every_checkpoint_the_rest_is_the_same(copy_run: CopyRun, train: Tr
         assert metrics(again.run_folder) == metrics(whole.run_folder)
 
 
-def test_killed_at_any_moment_it_ends_as_if_undisturbed(
+def test_run_killed_at_random_times_matches_uninterrupted_run(
     copy_run: CopyRun, train: Train, start: Start
 ) -> None:
     sections = {"training": {"steps": 100, "save_every": 3}, "logging": {"every": 2}}
@@ -136,17 +136,17 @@ def test_killed_at_any_moment_it_ends_as_if_undisturbed(
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-    assert max(folders(killed)) < 100, f"it was done before it was killed, {delays}"
+    assert max(folders(killed)) < 100, f"the run finished before it was killed, {delays}"
     train(killed)
     assert_same_bits(folders(whole)[100], folders(killed)[100])
     assert metrics(killed.run_folder) == metrics(whole.run_folder), delays
     assert not list(killed.run_folder.glob("checkpoints/*.partial"))
 
 
-def test_a_step_has_one_line_of_each_kind_whatever_happened(
+def test_metrics_have_one_line_of_each_kind_per_step_after_a_restart(
     copy_run: CopyRun, train: Train
 ) -> None:
-    """Also when a run dies before its first checkpoint and starts afresh, in a torn line."""
+    """The run lost its checkpoints and was killed in the middle of a line."""
     config = copy_run("a", training={"steps": 5})
     shutil.rmtree(config.run_folder)
     train(config)
@@ -161,8 +161,8 @@ def test_a_step_has_one_line_of_each_kind_whatever_happened(
     assert [line["step"] for line in first if "loss" in line] == [1, 2, 3, 4, 5]
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(copy_run: CopyRun, train: Train) -> None:
-    """And with one checkpoint kept, what replaces it is not thrown away for it."""
+def test_damaged_newest_checkpoint_is_skipped(copy_run: CopyRun, train: Train) -> None:
+    """With keep_checkpoints=1, its replacement is not pruned in its favour."""
     whole, config = (copy_run(name, training={"steps": 7}) for name in ("whole", "damaged"))
     train(whole)
     train(config)
@@ -178,11 +178,11 @@ def test_a_damaged_newest_checkpoint_is_passed_over(copy_run: CopyRun, train: Tr
     assert list(folders(config)) == [6]
     train(config)
     assert_same_bits(folders(whole)[7], folders(config)[7])
-    assert without_probes(config) == without_probes(whole)
+    assert step_metrics(config) == step_metrics(whole)
 
 
-def test_a_partial_checkpoint_is_ignored_and_removed(copy_run: CopyRun, train: Train) -> None:
-    """One of the next step too, by more workers: nothing of it may get into the new one."""
+def test_partial_checkpoint_is_ignored_and_removed(copy_run: CopyRun, train: Train) -> None:
+    """No file of a partial checkpoint, written by more workers, may get into the new one."""
     config = copy_run("a", training={"steps": 2})
     checkpoints = config.run_folder / "checkpoints"
     for step in (2, 9):
@@ -196,11 +196,11 @@ def test_a_partial_checkpoint_is_ignored_and_removed(copy_run: CopyRun, train: T
     assert sorted(p.name for p in checkpoints.iterdir()) == ["step_00000001", "step_00000002"]
 
 
-def test_the_stream_is_resumed_where_the_slowest_slot_is(copy_run: CopyRun, train: Train) -> None:
-    """Rows that every slot has had are not made again: late in a run they are millions."""
+def test_stream_resumes_at_the_slowest_slot(copy_run: CopyRun, train: Train) -> None:
+    """Rows that every slot has taken, millions late in a run, are not made again."""
     firsts: list[int] = []
 
-    class Listening(LocalContext):
+    class Recorder(LocalContext):
         def rounds(self, stream: Stream, slots: range, total: int, first: int) -> Iterator[Rows]:
             firsts.append(first)
             return super().rounds(stream, slots, total, first)
@@ -208,12 +208,12 @@ def test_the_stream_is_resumed_where_the_slowest_slot_is(copy_run: CopyRun, trai
     config = copy_run("a", training={"steps": 12})
     folder = train(config).checkpoint
     longer = replace(config, training=replace(config.training, steps=13))
-    pretrain(longer, Listening(CPU.device))
+    pretrain(longer, Recorder(CPU.device))
     slowest = int(load_file(folder / "slots_000000_000006.safetensors")["rows_consumed"].min())
     assert firsts == [slowest] and slowest > 0
 
 
-def test_a_changed_key_is_named_with_both_values(copy_run: CopyRun, train: Train) -> None:
+def test_resume_names_changed_keys_with_both_values(copy_run: CopyRun, train: Train) -> None:
     config = copy_run("a", trm={"hidden_size": 16, "puzzle_emb_ndim": 16}, training={"lr": 0.002})
     with pytest.raises(UserError) as error:
         train(config)
@@ -223,24 +223,26 @@ def test_a_changed_key_is_named_with_both_values(copy_run: CopyRun, train: Train
     assert list(folders(config)) == [1]
 
 
-def test_another_dataset_is_refused(copy_run: CopyRun, train: Train, tmp_path: Path) -> None:
+def test_resuming_on_another_dataset_is_rejected(
+    copy_run: CopyRun, train: Train, tmp_path: Path
+) -> None:
     config = copy_run("a", data={"seed": 1}, paths={"data": str(tmp_path / "other")})
     prepare(config.data, config.data_folder, lambda line: None)
     with pytest.raises(UserError, match=r"holds a run on another dataset than .*other"):
         train(config)
 
 
-def test_other_answers_are_the_same_dataset(
+def test_changed_answers_do_not_prevent_resuming(
     base_root: Path, copy_run: CopyRun, train: Train, tmp_path: Path, arc1: dict[str, Task]
 ) -> None:
-    """Correcting an answer that no model sees must not cost the run."""
+    """Test answers, which no model sees, may be corrected during a run."""
     config = copy_run("a", training={"steps": 2}, paths={"data": str(tmp_path / "other")})
-    asked = [arc1[path.stem] for path in (base_root / "evaluation").iterdir()]
-    write_tasks(base_root / "evaluation", map(poison, asked))
+    tasks = [arc1[path.stem] for path in (base_root / "evaluation").iterdir()]
+    write_tasks(base_root / "evaluation", map(poison, tasks))
     try:
         prepare(config.data, config.data_folder, lambda line: None)
     finally:
-        write_tasks(base_root / "evaluation", asked)
+        write_tasks(base_root / "evaluation", tasks)
     assert train(config).step == 2
 
 
@@ -250,7 +252,7 @@ def test_old_checkpoints_are_pruned(copy_run: CopyRun, train: Train) -> None:
     assert list(folders(config)) == [6, 7]
 
 
-def test_a_finished_run_is_left_alone(copy_run: CopyRun, train: Train) -> None:
+def test_rerunning_a_finished_run_changes_nothing(copy_run: CopyRun, train: Train) -> None:
     config = copy_run("a", training={"steps": 3})
     first = train(config)
     written = (config.run_folder / "metrics.jsonl").read_text()
@@ -259,7 +261,9 @@ def test_a_finished_run_is_left_alone(copy_run: CopyRun, train: Train) -> None:
     assert first.untrained is not None and first.trained is not None
 
 
-def test_a_diverged_run_stops_and_says_where(copy_run: CopyRun, train: Train) -> None:
+def test_diverged_run_raises_with_step_and_last_good_checkpoint(
+    copy_run: CopyRun, train: Train
+) -> None:
     config = copy_run("a", training={"steps": 9})
 
     def blow_up(tensors: dict[str, torch.Tensor]) -> None:
@@ -276,7 +280,7 @@ def test_a_diverged_run_stops_and_says_where(copy_run: CopyRun, train: Train) ->
     assert "Diverged: step 2" in (config.run_folder / "train_0.log").read_text()
 
 
-def test_a_checkpoint_holds_nothing_pickled(copy_run: CopyRun, train: Train) -> None:
+def test_checkpoint_contains_no_pickle(copy_run: CopyRun, train: Train) -> None:
     folder = train(copy_run("a", training={"steps": 2})).checkpoint
     assert {path.name for path in folder.iterdir()} == WRITTEN.keys()
     for path in folder.glob("*.safetensors"):

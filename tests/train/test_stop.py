@@ -1,4 +1,4 @@
-"""A run that is asked to stop, by a signal or a file, ends with a checkpoint and loses nothing."""
+"""Stopping a run by a signal or a stop file saves a checkpoint and loses no step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hybrid.dataset import prepare
 
 JOBS = Path(__file__).parents[2] / "jobs"
 STEPS = 400
-"""A few milliseconds each: long enough to be stopped in."""
+"""Steps take a few milliseconds: the run is long enough to be stopped."""
 Popen = subprocess.Popen[str]
 Job = Callable[..., Popen]
 
@@ -46,18 +46,18 @@ def experiment(
 
 
 def as_from_a_terminal() -> None:
-    """A job computes with as many threads as it has cores, and threads wait for each other."""
+    """Pin the job to one core, where its threads do not compete, and enable Ctrl-C."""
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever runs the tests may ignore it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent may ignore it
 
 
 @pytest.fixture
 def job() -> Iterator[Job]:
-    """job(name, config, *overrides): the job as a process."""
+    """job(name, config, *overrides): start the job as a process."""
     started: list[Popen] = []
 
-    def begin(name: str, config: Config, *overrides: str) -> Popen:
+    def start(name: str, config: Config, *overrides: str) -> Popen:
         path = Path(config.paths.root) / f"{config.logging.run}.yaml"
         command = [sys.executable, str(JOBS / f"{name}.py"), "--config", str(path), *overrides]
         pipe = subprocess.PIPE
@@ -67,7 +67,7 @@ def job() -> Iterator[Job]:
         started.append(process)
         return process
 
-    yield begin
+    yield start
     for process in started:
         process.kill()
         process.communicate()
@@ -75,7 +75,7 @@ def job() -> Iterator[Job]:
 
 @pytest.fixture(scope="module")
 def undisturbed(root: Path) -> Path:
-    """The last checkpoint of a run that nobody stops."""
+    """Last checkpoint of an uninterrupted run."""
     config = experiment(root, "undisturbed")
     command = [sys.executable, str(JOBS / "pretrain.py"), "--config"]
     path = str(root / "undisturbed.yaml")
@@ -84,7 +84,7 @@ def undisturbed(root: Path) -> Path:
 
 
 def wait_for(process: Popen, config: Config, step: int) -> None:
-    """Until the run says it has taken a step."""
+    """Wait until metrics.jsonl has the step."""
     path = config.run_folder / "metrics.jsonl"
     for _ in range(3000):
         if path.exists() and f'"step": {step},' in path.read_text():
@@ -95,9 +95,9 @@ def wait_for(process: Popen, config: Config, step: int) -> None:
 
 
 def ended(process: Popen) -> tuple[int, list[str]]:
-    """Exit code, and what it said but for its progress."""
-    said = process.communicate(timeout=60)[1].splitlines()
-    return process.returncode, [line for line in said if " samples/s " not in line]
+    """Return exit code and stderr lines without progress."""
+    lines = process.communicate(timeout=60)[1].splitlines()
+    return process.returncode, [line for line in lines if " samples/s " not in line]
 
 
 def stopped_at(config: Config) -> int:
@@ -106,35 +106,35 @@ def stopped_at(config: Config) -> int:
     return int(found.state["step"])
 
 
-ASKS: list[Any] = [
+REQUESTS: list[Any] = [
     pytest.param(signal.SIGTERM, id="SIGTERM"),
     pytest.param(signal.SIGINT, id="Ctrl-C", marks=pytest.mark.slow),
-    pytest.param("stop", id="a file put by hand", marks=pytest.mark.slow),
+    pytest.param("stop", id="stop file", marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize("ask", ASKS)
-def test_a_stopped_run_goes_on_to_the_weights_of_one_that_was_not(
-    root: Path, undisturbed: Path, job: Job, ask: Any, request: pytest.FixtureRequest
+@pytest.mark.parametrize("request_by", REQUESTS)
+def test_stopped_and_resumed_run_matches_uninterrupted_run(
+    root: Path, undisturbed: Path, job: Job, request_by: Any
 ) -> None:
-    config = experiment(root, f"asked-{ask if ask == 'stop' else ask.name}")
+    config = experiment(root, f"stopped-{request_by if request_by == 'stop' else request_by.name}")
     process = job("pretrain", config)
     wait_for(process, config, 20)
-    if ask == "stop":
+    if request_by == "stop":
         (config.run_folder / "stop").touch()
     else:
-        process.send_signal(ask)
-    code, said = ended(process)
+        process.send_signal(request_by)
+    code, lines = ended(process)
     step = stopped_at(config)
     folder = config.run_folder / "checkpoints" / f"step_{step:08d}"
     last = f"stopped: at step {step}: {folder}; run the same command to resume"
-    before = [] if ask == "stop" else [f"{ask.name}: saving a checkpoint, then stopping"]
-    assert (code, said) == (1, [*before, last])
-    assert 20 <= step < STEPS and step % 150, "in the middle, not where one was due anyway"
+    if request_by != "stop":
+        assert lines.pop(0) == f"{request_by.name}: saving a checkpoint, then stopping"
+    assert (code, lines) == (1, [last])
+    assert 20 <= step < STEPS and step % 150, "the step of a regular checkpoint"
     assert not (config.run_folder / "stop").exists()
 
-    code, said = ended(job("pretrain", config))
-    assert (code, said) == (0, [])
+    assert ended(job("pretrain", config)) == (0, [])
     assert_close(undisturbed, config.run_folder / "checkpoints" / undisturbed.name, 0, 0)
     steps = [line["step"] for line in metrics(config.run_folder)]
     assert steps == list(range(1, STEPS + 1))
@@ -143,8 +143,10 @@ def test_a_stopped_run_goes_on_to_the_weights_of_one_that_was_not(
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )
-def test_the_second_signal_ends_a_run_at_once(root: Path, job: Job, number: signal.Signals) -> None:
-    """In a step that would take minutes: the first one is not obeyed before its end."""
+def test_second_signal_ends_the_process_at_once(
+    root: Path, job: Job, number: signal.Signals
+) -> None:
+    """A step takes minutes; the first signal takes effect only at its end."""
     config = config_of(
         root,
         trm={"H_cycles": 3000, "L_cycles": 50},
@@ -162,20 +164,18 @@ def test_the_second_signal_ends_a_run_at_once(root: Path, job: Job, number: sign
     assert process.stderr is not None
     assert process.stderr.readline() == f"{number.name}: saving a checkpoint, then stopping\n"
     time.sleep(1)
-    assert process.poll() is None, "the first one waits for the step"
+    assert process.poll() is None, "the first signal ended the process"
     started = time.monotonic()
     process.send_signal(number)
-    code, said = ended(process)
+    code, lines = ended(process)
     assert time.monotonic() - started < 10
-    assert (code, said[-1]) == (1, "stopped: run the same command to resume")
-    assert not any("Traceback" in line for line in said)
+    assert (code, lines[-1]) == (1, "stopped: run the same command to resume")
+    assert not any("Traceback" in line for line in lines)
     assert newest(config.run_folder / "checkpoints") is None
     assert not (config.run_folder / "stop").exists()
 
 
-def test_a_stop_that_was_meant_for_an_earlier_run_does_not_stop_this_one(
-    root: Path, undisturbed: Path, job: Job
-) -> None:
+def test_stop_file_of_an_earlier_run_is_ignored(root: Path, undisturbed: Path, job: Job) -> None:
     config = experiment(root, "stale")
     config.run_folder.mkdir(parents=True)
     (config.run_folder / "stop").touch()
@@ -183,8 +183,8 @@ def test_a_stop_that_was_meant_for_an_earlier_run_does_not_stop_this_one(
     assert_close(undisturbed, config.run_folder / "checkpoints" / undisturbed.name, 0, 0)
 
 
-def test_a_folder_named_stop_does_not_stop_the_next_run_either(root: Path, job: Job) -> None:
-    """Whatever is named `stop` asks; the rerun takes it away, a folder as well."""
+def test_folder_named_stop_of_an_earlier_run_is_ignored(root: Path, job: Job) -> None:
+    """A rerun removes anything named `stop`, even a folder."""
     config = experiment(root, "folder", steps=60, save_every=60)
     (config.run_folder / "stop" / "inside").mkdir(parents=True)
     assert ended(job("pretrain", config)) == (0, [])
@@ -192,15 +192,15 @@ def test_a_folder_named_stop_does_not_stop_the_next_run_either(root: Path, job: 
 
 
 @pytest.mark.slow
-def test_joint_training_is_stopped_and_goes_on_in_the_same_way(root: Path, job: Job) -> None:
+def test_stopped_and_resumed_joint_run_matches_uninterrupted_run(root: Path, job: Job) -> None:
     alone = experiment(root, "joint-alone", hybrid_of, steps=40, save_every=40)
     assert ended(job("joint", alone)) == (0, [])
-    config = experiment(root, "joint-asked", hybrid_of, steps=40, save_every=40)
+    config = experiment(root, "joint-stopped", hybrid_of, steps=40, save_every=40)
     process = job("joint", config)
     wait_for(process, config, 5)
     process.send_signal(signal.SIGTERM)
-    code, said = ended(process)
-    assert code == 1 and said[-1].startswith("stopped: at step ")
+    code, lines = ended(process)
+    assert code == 1 and lines[-1].startswith("stopped: at step ")
     assert 5 <= stopped_at(config) < 40
     assert ended(job("joint", config)) == (0, [])
     name = Path("checkpoints") / "step_00000040"

@@ -1,4 +1,4 @@
-"""One optimiser step: the published one, on weights that may move and on none that may not."""
+"""One optimizer step: agreement with the published trainer, divergence, updated tensors."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ Train = Callable[[Config], Result]
 CPU = LocalContext(torch.device("cpu"))
 
 
-def test_six_steps_are_the_published_trainers(golden: Path) -> None:
-    """Golden C through our own step: its order, its scale, its rates, its average."""
-    about = json.loads((golden / "C_train_traj_tiny.json").read_text())
+def test_six_steps_match_the_published_trainer(golden: Path) -> None:
+    """Compare golden C with `train_step`: order, loss scale, learning rates and EMA."""
+    info = json.loads((golden / "C_train_traj_tiny.json").read_text())
     file = np.load(golden / "C_train_traj_tiny.npz")
     recorded = {name: torch.from_numpy(file[name]) for name in file if file[name].ndim}
-    hyper = about["hyper"]
+    hyper = info["hyper"]
     config = TrainingConfig(
         batch_size=4,
         puzzle_lr=hyper["puzzle_emb_lr"],
@@ -49,7 +49,7 @@ def test_six_steps_are_the_published_trainers(golden: Path) -> None:
         | {"side": torch.full((4,), 10, dtype=torch.int32)}
         for i in range(6)
     ]
-    state = state_of(upstream.load(unpack(file), **about["config"]), config, batches[0])
+    state = state_of(upstream.load(unpack(file), **info["config"]), config, batches[0])
     for i, batch in enumerate(batches):
         sums = train_step(state, batch, config, hyper["total_steps"], CPU)
         for name, value in sums.items():
@@ -72,8 +72,9 @@ def state_of(model: TRM, config: TrainingConfig, batch: dict[str, Tensor]) -> Tr
 
 @pytest.mark.parametrize("micro", [None, 3])
 def test_a_step_reads_the_device_once(monkeypatch: pytest.MonkeyPatch, micro: int | None) -> None:
-    """The host waits for the device at every read. Meta tensors have no values, so reading one is
-    an error, and so is mixing them with tensors left on the CPU. Rows are on two canvases.
+    """Run steps on meta tensors, which raise an error when the host reads a value.
+
+    Mixing them with CPU tensors raises one, too. The rows are on two canvases.
     """
     monkeypatch.setattr(update, "read_flag", lambda flag: flag.is_meta)
     monkeypatch.setattr(Tensor, "to", to_anywhere)
@@ -111,7 +112,7 @@ PLAIN_TO = Tensor.to
 
 
 def to_anywhere(tensor: Tensor, *args: Any, **keys: Any) -> Tensor:
-    """Tensor.to, except that a meta tensor copied to the host without waiting becomes ones."""
+    """Replace Tensor.to: a meta tensor copied to the CPU without waiting becomes ones."""
     if tensor.is_meta and "cpu" in args:
         assert keys == {"non_blocking": True}, "the host waits for this copy"
         return torch.ones(tensor.shape, dtype=tensor.dtype)
@@ -120,7 +121,7 @@ def to_anywhere(tensor: Tensor, *args: Any, **keys: Any) -> Tensor:
 
 @pytest.fixture
 def state(base_root: Path, copy_run: CopyRun) -> tuple[TrainState, dict[str, Tensor], Config]:
-    """A state before its first step, and that step's batch."""
+    """A state before its first step, that step's batch, and the config."""
     config = copy_run("state")
     dataset = Dataset.open(config.data_folder)
     state = create_state(config, dataset, range(6), CPU.device)
@@ -132,51 +133,51 @@ def state(base_root: Path, copy_run: CopyRun) -> tuple[TrainState, dict[str, Ten
     )
 
 
-def nowhere(grad: Tensor) -> Tensor:
+def to_nan(grad: Tensor) -> Tensor:
     return grad * float("nan")
 
 
-def everything(state: TrainState) -> dict[str, Tensor]:
+def all_tensors(state: TrainState) -> dict[str, Tensor]:
     found = {f"model.{name}": value for name, value in state.model.state_dict().items()}
     for part in ("m", "v"):
         found |= {f"{part}.{n}": v for n, v in getattr(state.optimizer, part).items()}
-    found |= {f"average.{name}": value for name, value in state.ema.values.items()}
+    found |= {f"ema.{name}": value for name, value in state.ema.values.items()}
     return {name: value.clone() for name, value in found.items()}
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient", "puzzle gradient"])
-def test_nothing_moves_when_anything_is_not_finite(
-    state: tuple[TrainState, dict[str, Tensor], Config], what: str
+@pytest.mark.parametrize("infinite", ["loss", "gradient", "puzzle gradient"])
+def test_diverged_step_changes_nothing(
+    state: tuple[TrainState, dict[str, Tensor], Config], infinite: str
 ) -> None:
-    """Each alone: an infinite loss, one gradient of one weight, one of one puzzle row."""
+    """Make one value not finite: the loss, a weight's gradient or a puzzle row's gradient."""
     before, batch, config = state
-    if what == "loss":
+    if infinite == "loss":
         with torch.no_grad():
             before.model.lm_head.weight.fill_(1e38)
-    elif what == "gradient":
-        before.model.embed_tokens.register_hook(nowhere)
+    elif infinite == "gradient":
+        before.model.embed_tokens.register_hook(to_nan)
     else:
         embed = before.model._embed
 
         def poisoned(current: dict[str, Tensor], rows: Tensor | None) -> tuple[Tensor, Tensor]:
             x, found = embed(current, rows)
             assert found is not None
-            found.register_hook(nowhere)
+            found.register_hook(to_nan)
             return x, found
 
         before.model._embed = poisoned  # type: ignore[method-assign, assignment]
-    untouched, carry = everything(before), before.carry
+    untouched, carry = all_tensors(before), before.carry
     ids = sorted(set(batch["puzzle_identifiers"].tolist()))
     with pytest.raises(Diverged) as error:
         train_step(before, batch, config.training, 4, CPU)
     assert str(error.value).startswith("step 1: the loss or a gradient is not finite")
     assert str(ids) in str(error.value)
     assert before.step == 0 and before.carry is carry and before.optimizer.t == 0
-    for name, value in everything(before).items():
-        assert torch.equal(value, untouched[name]), f"{name} has moved"
+    for name, value in all_tensors(before).items():
+        assert torch.equal(value, untouched[name]), f"{name} has changed"
 
 
-def test_only_trained_weights_and_the_rows_that_were_seen_move(
+def test_training_changes_only_trained_weights_and_the_puzzle_rows_used(
     copy_run: CopyRun, train: Train, base_root: Path
 ) -> None:
     config = copy_run("a", training={"steps": 3})
@@ -188,19 +189,19 @@ def test_only_trained_weights_and_the_rows_that_were_seen_move(
     table = load_file(folder / "puzzle_table.safetensors")["puzzle_table"]
     rows_consumed = load_file(folder / "slots_000000_000006.safetensors")["rows_consumed"]
     stream = Stream(Dataset.open(config.data_folder), config.training.seed)
-    places = [6 * k + slot for slot in range(6) for k in range(int(rows_consumed[slot]))]
-    seen = set(stream.rows(np.array(places))["puzzle_identifiers"].tolist())
+    positions = [6 * k + slot for slot in range(6) for k in range(int(rows_consumed[slot]))]
+    seen = set(stream.rows(np.array(positions))["puzzle_identifiers"].tolist())
     assert set(table.any(dim=1).nonzero().flatten().tolist()) == seen
-    assert 0 < len(seen) < len(table) - 1, "every row was seen: nothing was tried"
+    assert 0 < len(seen) < len(table) - 1, "every row was used"
 
 
-def test_the_average_follows_the_weights_at_its_rate(
+def test_ema_follows_the_weights_at_its_rate(
     state: tuple[TrainState, dict[str, Tensor], Config],
 ) -> None:
     trained, batch, config = state
-    old = everything(trained)
+    old = all_tensors(trained)
     train_step(trained, batch, replace(config.training, lr_warmup_steps=0), 4, CPU)
     for name, weight in trained.model.named_parameters():
-        expected = 0.9 * old[f"average.{name}"] + 0.1 * weight.detach()
+        expected = 0.9 * old[f"ema.{name}"] + 0.1 * weight.detach()
         torch.testing.assert_close(trained.ema.values[name], expected)
         assert not torch.equal(weight, old[f"model.{name}"]), f"{name} is not trained"
