@@ -57,11 +57,10 @@ def save_checkpoint(
     partial = final.with_suffix(".partial")
 
     def write_part() -> tuple[str, Fingerprint]:
-        save(state, partial, context.rank)
-        name = f"{_slots_name(state.slots)}.safetensors"
+        path = save(state, partial, context.rank)
         if context.rank:
-            storage.upload(final / name, partial / name)
-        return name, fingerprint(partial / name)
+            storage.upload(final / path.name, path)
+        return path.name, fingerprint(path)
 
     def finish() -> None:
         texts = {"config.yaml": dump(config), TRAINED_ON: json.dumps(state.trained_on)}
@@ -84,17 +83,20 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)  # this worker's node is not rank 0's
 
 
-def save(state: TrainState, partial: Path, rank: int) -> None:
-    """Write one worker's tensors: its slots, and on rank 0 also the tensors that all share."""
-    write_tensors(partial, _slots_name(state.slots), _slots(state))
+def save(state: TrainState, partial: Path, rank: int) -> Path:
+    """Write a worker's slots, on rank 0 also the shared tensors; return the file of the slots."""
+    name = f"slots_{state.slots.start:06d}_{state.slots.stop:06d}"
+    path = partial / f"{name}.safetensors"
+    write_tensors(partial, name, _slots(state))
     if rank:
-        return
+        return path
     write_tensors(partial, "model", weights(state.model))
     write_tensors(partial, "puzzle_table", {"puzzle_table": state.trm.puzzle_table})
     write_tensors(partial, "ema", state.ema.values)
     moments = {f"m.{name}": value for name, value in state.optimizer.m.items()}
     moments |= {f"v.{name}": value for name, value in state.optimizer.v.items()}
     write_tensors(partial, "optimizer", moments)
+    return path
 
 
 def restore(state: TrainState, checkpoint: Checkpoint) -> None:
@@ -137,10 +139,6 @@ def _slots(state: TrainState) -> dict[str, Any]:
     if not isinstance(state.model, TRM):
         return {"rows_consumed": state.rows_consumed}
     return {**state.carry.to_tensors(), "rows_consumed": state.rows_consumed}
-
-
-def _slots_name(slots: range) -> str:
-    return f"slots_{slots.start:06d}_{slots.stop:06d}"
 
 
 def _clear(partial: Path, final: Path) -> None:

@@ -72,7 +72,7 @@ def estimate(config: Config, kind: str) -> str:
 
 
 def largest_micro_batch(worker: Worker, gibibytes: float) -> int:
-    """Return the largest micro-batch that fits a GPU, halving the rows until one does; 0 if none."""
+    """Return the largest micro-batch that fits a GPU, halving rows until one does; 0 if none."""
     micro = worker.rows
     while sum(replace(worker, micro=micro).parts().values()) > USABLE * gibibytes * GiB:
         if micro == 1:

@@ -64,9 +64,7 @@ class Joint:
         reader: Reader | None = None,
     ) -> None:
         """Build the hybrid; `reader` replaces the one that config.llama describes."""
-        self.config = config
-        self.context = context
-        self.reader = reader
+        self.config, self.context, self.reader = config, context, reader
         if reader is None and config.adapter.inject != "none":
             self.reader = open_reader(
                 config.llama,
@@ -169,10 +167,8 @@ class Joint:
         return {**rows, "predicted": predicted}
 
     def validate(self, checkpoint: Path) -> Validation:
-        """Score a checkpoint on held-out tasks, see `hybrid.evaluate.validate`.
-
-        A trained language model is loaded again, because this one must keep its weights.
-        """
+        """Score a checkpoint on held-out tasks, see `hybrid.evaluate.validate`."""
+        # A trained language model is loaded again, because this one must keep its weights.
         reader = self.reader if self.config.llama.frozen else None
         return validate(self.config, checkpoint, self.context.device, reader)
 
@@ -267,10 +263,7 @@ def _loss(attempt: Attempt) -> tuple[Tensor, Sums]:
 
 
 def latent_variance(latent: Tensor | None) -> Tensor:
-    """Return the share (0..1) of the latent's power that differs between rows.
-
-    Below 0.2 the reader's output has collapsed: it is nearly the same for every row.
-    """
+    """Return the share of the latent that differs between rows, 0..1; below 0.2 it collapsed."""
     if latent is None or len(latent) < 2:
         return torch.zeros(())
     flat = latent.flatten(1).float()

@@ -56,7 +56,7 @@ def check(config: Config, kind: str, sections: tuple[str, ...]) -> Config:
         check_feedback(config)
     if dataset.bucketed and config.trm.mlp_t:
         raise UserError(
-            "trm.mlp_t: has weights for every cell of the full canvas; prepare with data.canvas=full"
+            "trm.mlp_t: has a weight for every cell of the full canvas; prepare data.canvas=full"
         )
     worker_slots(config.training.batch_size, 0, max(1, config.cluster.num_workers))
     resumed = newest(config.run_folder / CHECKPOINTS)

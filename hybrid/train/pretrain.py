@@ -34,8 +34,7 @@ class Pretraining:
     sections = ("trm", "training")
 
     def __init__(self, config: Config, dataset: Dataset, context: RunContext, slots: range) -> None:
-        self.config = config
-        self.context = context
+        self.config, self.context = config, context
         self.state = create_state(config, dataset, slots, context.device)
 
     def setup(self) -> None:

@@ -32,10 +32,7 @@ CHECKPOINTS = "checkpoints"
 
 @dataclass(kw_only=True)
 class TrainState:
-    """One worker's training state.
-
-    All workers hold the same values except `slots`, `carry`, `rows_consumed` and `halted`.
-    """
+    """One worker's state; only slots, carry, rows_consumed and halted differ between workers."""
 
     step: int
     """Optimizer steps taken."""
