@@ -1,4 +1,4 @@
-"""With data.canvas=bucketed a task is evaluated on a small canvas, whatever the training canvas."""
+"""With data.canvas=bucketed a task is evaluated on a small canvas, for any training canvas."""
 
 from __future__ import annotations
 

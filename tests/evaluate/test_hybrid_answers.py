@@ -325,7 +325,9 @@ def test_fine_tuned_model_needs_a_base_of_its_shape_and_no_prompt_cache(
     assert rounded(based_on_another) == rounded(own), "the weights must come from the checkpoint"
     with pytest.raises(UserError, match=r"is not the model that .* was trained with"):
         quietly(make_hybrid_config("big", llama={"model": str(saved(0, layers=1))}, **given))
-    with pytest.raises(UserError, match=r"llama\.prompt_cache would be stale for a model in training"):
+    with pytest.raises(
+        UserError, match=r"llama\.prompt_cache would be stale for a model in training"
+    ):
         quietly(make_hybrid_config("stale", llama={"prompt_cache": True}, **given))
 
 

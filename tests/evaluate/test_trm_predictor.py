@@ -1,4 +1,4 @@
-"""Predictions of a TRM: each variant is predicted and inverted once, whatever the batch size."""
+"""Predictions of a TRM: each variant is predicted and inverted once, for any batch size."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """A pretended GPU, which raises where an operation mixes it with the CPU.
 
-    python tests/gpu/pretended_device.py LIBRARY FOLDER
+    python tests/gpu/pretended_device.py LIBRARY FOLDER SETTING
 
-trains, resumes and evaluates a TRM and a hybrid on it. A process of its own, because a process can
-have one such device and keeps it.
+trains, resumes and evaluates a TRM and a hybrid on it, with the config changes of SETTING. It runs
+in its own process, because a process can register only one such device.
 """
 
 from __future__ import annotations
@@ -23,11 +23,18 @@ from hybrid.config import Config
 from hybrid.context import LocalContext
 from hybrid.dataset import prepare
 from hybrid.evaluate import HybridPredictor, Job, Question, TRMPredictor, evaluate
+from hybrid.evaluate.records import Prediction
 from hybrid.evaluate.run import PredictAll
-from hybrid.evaluate.trm_predictor import Prediction
 from hybrid.train import joint, pretrain
 
 NAME = "pretended"
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "full": {},
+    "bucketed": {"data": {"canvas": "bucketed"}},
+    "micro-batches": {"data": {"canvas": "bucketed"}, "training": {"micro_batch_size": 2}},
+    "learning": {"llama": {"frozen": False}},
+}
+"""Changes to the config by name."""
 
 
 def build(folder: Path) -> Path:
@@ -69,13 +76,13 @@ def solve_on(device: torch.device) -> PredictAll:
     """Answer questions in this process, on a device that no config names."""
 
     def predict_all(job: Job, questions: Sequence[Question]) -> Iterator[Prediction]:
-        solver: TRMPredictor | HybridPredictor
+        predictor: TRMPredictor | HybridPredictor
         if job.checkpoint.state["kind"] == "hybrid":
-            solver = HybridPredictor(job.checkpoint, job.config, device)
+            predictor = HybridPredictor(job.checkpoint, job.config, device)
         else:
-            solver = TRMPredictor(job.checkpoint, job.config.evaluation, device)
+            predictor = TRMPredictor(job.checkpoint, job.config.evaluation, device)
         for question in questions:
-            yield solver.solve(question)
+            yield predictor.predict(question)
 
     return predict_all
 
@@ -105,25 +112,36 @@ def train_resume_and_evaluate(
     assert answers[0].keys() == answers[1].keys() and answers[0]
 
 
+def configure_run(
+    make: Callable[..., Config], root: Path, setting: str, kind: str
+) -> Callable[..., Config]:
+    """Return a function that makes the config of a run of `kind` from sections of keys."""
+    keys: dict[str, dict[str, Any]] = {
+        "data": {"max_side": 12, "variants": 1},
+        "paths": {
+            "root": str(root),
+            "data": str(root / "data"),
+            "runs": str(root / kind),
+        },
+    }
+    keys = merged(keys, SETTINGS[setting])
+    return lambda **sections: make(root, **merged(keys, sections))
+
+
+def merged(
+    keys: dict[str, dict[str, Any]], changes: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Return sections of keys with changes."""
+    return {name: keys.get(name, {}) | changes.get(name, {}) for name in keys | changes}
+
+
 def main() -> None:
-    library, root = (Path(argument) for argument in sys.argv[1:])
+    library, root, setting = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(1)
     device = register(library)
-    for canvas in ("full", "bucketed"):
-        data = {"canvas": canvas, "max_side": 12, "variants": 1}
-
-        def trm(canvas: str = canvas, data: Any = data, **sections: Any) -> Config:
-            paths = {"root": str(root), "data": str(root / canvas)}
-            paths["runs"] = str(root / f"trm-{canvas}")
-            return config_of(root, data=data, paths=paths, **sections)
-
-        def hybrid(canvas: str = canvas, data: Any = data, **sections: Any) -> Config:
-            paths = {"root": str(root), "data": str(root / canvas)}
-            paths["runs"] = str(root / f"hybrid-{canvas}")
-            return hybrid_of(root, data=data, paths=paths, **sections)
-
-        train_resume_and_evaluate(pretrain, trm, device)
-        train_resume_and_evaluate(joint, hybrid, device)
+    if "llama" not in SETTINGS[setting]:
+        train_resume_and_evaluate(pretrain, configure_run(config_of, root, setting, "trm"), device)
+    train_resume_and_evaluate(joint, configure_run(hybrid_of, root, setting, "hybrid"), device)
     print("done")
 
 
