@@ -101,9 +101,9 @@ def test_commit_is_unknown_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ["plain", "eager", "plain bfloat16", "eager bfloat16"],
         pytest.param(
-            ["compiled", "plain", "compiled bfloat16", "plain compiled", "compiled static"],
-            marks=pytest.mark.slow,
+            ["compiled", "plain", "compiled bfloat16", "plain compiled"], marks=pytest.mark.slow
         ),
+        pytest.param(["compiled static", "plain"], marks=pytest.mark.slow),
     ],
 )
 def test_steps_measures_every_side(sides: list[str]) -> None:

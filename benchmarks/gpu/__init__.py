@@ -1,1 +1,1 @@
-"""A check of a GPU machine: same numbers as the published code, exact resuming, and speed."""
+"""Check of a GPU machine: parity with the published code, exact resume, and speed."""

@@ -1,4 +1,4 @@
-"""Check a GPU machine: same numbers as the published code, exact resuming, and how fast it is.
+"""Check a GPU machine: parity with the published code, exact resume, and speed.
 
     python -m benchmarks.gpu [--device cuda|cpu] [--tiny] [--out FOLDER] [PART ...]
 

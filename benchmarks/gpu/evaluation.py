@@ -1,4 +1,4 @@
-"""Evaluation: views a second in each halting mode, eager and compiled."""
+"""Evaluation: variants per second in each halting mode, eager and compiled."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MODES: tuple[tuple[Literal["published", "fixed", "confident"], int | None], ...]
 
 
 def run(session: Session) -> None:
-    """Answer random views with random weights."""
+    """Predict random variants with random weights."""
     config = replace(GOLDEN if session.tiny else FULL, num_puzzle_identifiers=1)
     for compiled in (False,) if session.tiny else (True, False):
         for halt, act_steps in MODES:
@@ -34,7 +34,7 @@ def run(session: Session) -> None:
 
 
 def _model(config: TRMConfig, session: Session, compiled: bool) -> TRM:
-    """A model with a random halt head: that of a new one stops no row before the last step."""
+    """Return a model with a random halt head; a new one halts no row before the last step."""
     model = TRM(config, seed=0)
     with torch.no_grad():
         model.q_head.weight.normal_(generator=torch.Generator().manual_seed(0))
@@ -73,8 +73,8 @@ def _measure(
     session.record(
         what,
         **{
-            "views/s": round(rows / seconds, 1),
-            "ACT steps a view": round(spent / rows, 2),
+            "variants/s": round(rows / seconds, 1),
+            "ACT steps per variant": round(spent / rows, 2),
             "TFLOP/s": round(operations / seconds / 1e12, 2),
             "GiB": peak_gib(),
         },

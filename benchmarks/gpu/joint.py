@@ -1,9 +1,9 @@
-"""Joint training around a LLaMA of 8B shape with random weights, and what an attempt costs."""
+"""Joint training around an 8B LLaMA with random weights, and the time of an attempt."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -100,7 +100,7 @@ PREDICTED_GIB = {
 
 
 def run(session: Session) -> None:
-    """Measure joint steps, then an attempt against reading its problem again."""
+    """Measure joint steps, and an attempt against a new prefill of its prompt."""
     shape = SMALL if session.tiny else LLAMA_8B
     reader = None
     with session.measuring("model"):
@@ -120,24 +120,36 @@ def run(session: Session) -> None:
 def random_reader(
     shape: dict[str, int], config: LlamaConfig, dtype: torch.dtype, device: torch.device
 ) -> Reader:
-    """A reader around a LLaMA of `shape` with random weights and a tokenizer of bytes."""
+    """Return a reader around a LLaMA of `shape` with random weights and a byte tokenizer.
+
+    `dtype` is the compute dtype; weights that learn are kept in float32 at least.
+    """
+    weights = dtype if config.frozen else torch.promote_types(dtype, torch.float32)
     with device:
-        model: Any = AutoModelForCausalLM.from_config(Shape(**shape), dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_config(Shape(**shape), dtype=weights)
     use_grouped_attention(model)
-    return Reader(Backbone(model, tiny_random(dtype)[1], config, "none"))
+    return Reader(Backbone(model, tiny_random(dtype)[1], config, "none", dtype))
 
 
 class Uncalibrated(Joint):
-    """Joint training that does not read 64 problems to calibrate its adapter first."""
+    """Joint training without the calibration of the adapter, which reads 64 prompts."""
 
     def start(self) -> None:
         """Keep the statistics that the adapter begins with."""
 
 
 def hybrid_config(
-    root: Path, device: torch.device, *, tiny: bool, run: str, compiled: bool, **training: Any
+    root: Path,
+    device: torch.device,
+    *,
+    tiny: bool,
+    run: str,
+    compiled: bool,
+    data: Mapping[str, Any] | None = None,
+    llama: Mapping[str, Any] | None = None,
+    **training: Any,
 ) -> Config:
-    """Config of a joint run: the published TRM, or a small one that takes milliseconds."""
+    """Return the config of a joint run with the published TRM, or with a small one if `tiny`."""
     return experiment(
         root,
         device,
@@ -146,9 +158,15 @@ def hybrid_config(
             "evaluation": [],
             "variants": 2,
             "max_side": 6 if tiny else 30,
+            **(data or {}),
         },
         trm=SMALL_TRM if tiny else {},
-        llama={"model": "tiny-random", "max_prompt_tokens": 2000, "batch_size": 1},
+        llama={
+            "model": "tiny-random",
+            "max_prompt_tokens": 2000,
+            "batch_size": 1,
+            **(llama or {}),
+        },
         adapter={"hidden": 32, "prefix_tokens": 8} if tiny else {},
         feedback={"source": "none"},
         training={"steps": STEPS, "max_attempts": 3 if tiny else 16, **training},

@@ -118,7 +118,7 @@ def _cost_of_shape(session: Session, positions: int) -> float:
 
 
 def _heads(session: Session, rows: int, positions: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values [rows, heads, positions, dim] in the memory layout of the model."""
+    """Return queries, keys, values [rows, heads, positions, dim] in the model's memory layout."""
     shape = (rows, positions, 3, HEADS, HEAD_DIM)
     packed = torch.randn(shape, device=session.device, dtype=session.dtype)
     # Rotation leaves queries and keys contiguous, values stay a view of the projection.

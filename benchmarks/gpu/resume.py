@@ -1,4 +1,4 @@
-"""Exact resuming: a run again, and a run in two halves, against the same run in one piece."""
+"""Exact resume: a repeated and an interrupted run against an uninterrupted one."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from gpu.pretended_device import build
-from helpers import ASKED, TRAINED, write_tasks
+from gpu.pretended_device import SETTINGS, build
+from helpers import EVALUATED, TRAINED, write_tasks
 
 from hybrid.arc import Task
 
@@ -34,7 +34,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_mix_of_devices_raises(library: Path) -> None:
+def test_mix_of_devices_raises(library: Path) -> None:
     code = (
         "import sys, torch; from pathlib import Path; from gpu.pretended_device import register;"
         "one = torch.ones(3, device=register(Path(sys.argv[1])));"
@@ -44,11 +44,12 @@ def test_a_mix_of_devices_raises(library: Path) -> None:
     assert "Expected all tensors to be on the same device: aten::dot" in done.stderr
 
 
-def test_a_trm_and_a_hybrid_train_resume_and_answer(
-    library: Path, tmp_path: Path, arc1: dict[str, Task]
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_trm_and_hybrid_train_resume_and_answer(
+    library: Path, tmp_path: Path, arc1: dict[str, Task], setting: str
 ) -> None:
     # One task is on another canvas than the others.
     write_tasks(tmp_path / "training", [arc1[task] for task in (*TRAINED, "0962bcdd")])
-    write_tasks(tmp_path / "evaluation", [arc1[task] for task in ASKED])
-    done = run(str(HERE / "pretended_device.py"), str(library), str(tmp_path))
+    write_tasks(tmp_path / "evaluation", [arc1[task] for task in EVALUATED])
+    done = run(str(HERE / "pretended_device.py"), str(library), str(tmp_path), setting)
     assert done.stdout.endswith("done\n"), done.stderr[-3000:]

@@ -345,11 +345,3 @@ def test_trained_model_needs_memory_for_float32(
     assert load(folder, tmp_path, dtype="bfloat16").dtype == torch.bfloat16
     with pytest.raises(UserError, match=r"as float32, .*llama\.frozen=true$"):
         load(folder, tmp_path, dtype="bfloat16", frozen=False)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_model_is_loaded_on_its_device(saved: Saved, tmp_path: Path) -> None:
-    device = torch.device("cuda")
-    backbone = load_backbone(LlamaConfig(model=str(saved("model"))), device, tmp_path)
-    assert {weight.device.type for weight in backbone.model.parameters()} == {"cuda"}
