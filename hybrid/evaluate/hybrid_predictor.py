@@ -46,7 +46,7 @@ class AttemptRecord:
 
     tokens: npt.NDArray[np.uint8]
     grid: Grid
-    """In the row's own orientation and colours."""
+    """Predicted grid in the row's own orientation and colours."""
     confidence: float
     feedback: str
     reasoning: str
