@@ -134,8 +134,8 @@ def random_reader(
 class Uncalibrated(Joint):
     """Joint training without the calibration of the adapter, which reads 64 prompts."""
 
-    def start(self) -> None:
-        """Keep the statistics that the adapter begins with."""
+    def setup(self) -> None:
+        """Keep the adapter's initial statistics."""
 
 
 def hybrid_config(

@@ -41,9 +41,9 @@ NEEDED = {"plain compiled": 60.0, "compiled static": 40.0}
 NEEDED_ELSE = 10.0
 PREDICTED = {("compiled", 192): 820, ("eager", 192): 400}
 PREDICTED_RUNS = {"full": 820, "bucketed": 2100}
-"""Samples a second of an H100."""
+"""Samples per second on an H100."""
 PREDICTED_LIMIT = 1375
-"""Samples a second of its matrix products alone, on the full canvas."""
+"""Samples per second of its matrix products alone, on the full canvas."""
 
 
 def run(session: Session) -> None:
