@@ -78,9 +78,10 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 
 def print_result(result: Result) -> None:
     """Print the accuracies of a training run, its last step and its checkpoint."""
-    if result.trained is not None:
-        before = "not measured" if result.untrained is None else f"{result.untrained:.1%}"
-        print(f"exact match on training pairs: untrained {before}, trained {result.trained:.1%}")
+    before, after = result.train_accuracy_before, result.train_accuracy_after
+    if after is not None:
+        untrained = "not measured" if before is None else f"{before:.1%}"
+        print(f"exact match on training pairs: untrained {untrained}, trained {after:.1%}")
     if result.validation is not None:
-        print(f"held-out test outputs solved within two attempts: {result.validation.rate}")
+        print(f"held-out test outputs solved with two guesses: {result.validation.rate}")
     print(f"step {result.step}: {storage.uri(result.checkpoint)}")

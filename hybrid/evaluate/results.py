@@ -1,4 +1,4 @@
-"""Score predictions: the only module that compares predictions with the true test outputs."""
+"""Score the predictions of an evaluation against the true test outputs."""
 
 from __future__ import annotations
 

@@ -36,24 +36,25 @@ from hybrid.evaluate.trm_predictor import TRMPredictor
 from hybrid.llm import check_model
 
 SECTIONS = {"trm": ("evaluation",), "hybrid": ("evaluation", "llama", "feedback", "adapter")}
-"""The config sections that predictions depend on, by the kind of checkpoint."""
+"""Config sections hashed into the evaluation folder's name, by checkpoint kind."""
 IGNORED_KEYS = {
     *("evaluation.checkpoint", "evaluation.limit", "evaluation.compare_to"),
     *("llama.model", "llama.revision", "llama.frozen", "llama.lr"),
     *("llama.prefix", "llama.max_prompt_tokens", "llama.prompt_cache"),
     *("adapter.hidden", "adapter.layers", "adapter.prefix_tokens", "adapter.lr"),
 }
-"""Keys of these sections that cannot change a prediction; all others name the evaluation folder.
+"""Keys left out of that hash because they cannot change a prediction.
 
-The checkpoint decides those of `llama` and `adapter`; prompt_cache only saves computation.
+Model and adapter keys are fixed by the checkpoint, whose digest is hashed. The others select tasks
+or affect only speed or reporting.
 """
 HYBRID_KEYS = {"evaluation.max_attempts", "evaluation.text", "evaluation.baseline"}
-"""Keys that cannot change a TRM's predictions either."""
+"""Keys left out of the hash for a TRM checkpoint as well: only the hybrid uses them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """The inputs a worker needs to open a predictor."""
+    """Checkpoint and config from which a worker opens a predictor; not a Ray job."""
 
     checkpoint: Checkpoint
     config: Config
@@ -66,7 +67,7 @@ class Outcome:
     folder: Path
     results: Results
     resumed: int
-    """Tasks whose predictions were stored by an earlier run."""
+    """Tasks whose predictions an earlier run stored."""
 
 
 PredictAll = Callable[[Job, Sequence[Question]], Iterator[Prediction]]
@@ -95,19 +96,23 @@ def evaluate(
     """Predict every evaluation task of the dataset, store each prediction as it comes, then score.
 
     A rerun with the same checkpoint, dataset and settings predicts only the tasks without a stored
-    prediction. Raises UserError if checkpoint, dataset and settings do not fit together.
+    prediction. `say` receives one line at the start and one per prediction. Raises UserError if
+    dataset, checkpoint or language model is missing or damaged, if they do not fit each other or
+    the config, if there are no evaluation tasks, or if a run in evaluation.compare_to has no
+    evaluation of the same questions.
     """
     dataset = Dataset.open(config.data_folder)
     dataset.check_same_recipe(config.data)
     checkpoint = _checkpoint(config)
-    _check(config, checkpoint, dataset)
+    _check_compatible(config, checkpoint, dataset)
     evaluated = dataset.evaluated[: config.evaluation.limit]
     if not evaluated:
         raise UserError(f"{dataset.folder}: holds no evaluation tasks (data.evaluation is empty)")
     questions = select_questions(config, checkpoint, dataset)
     key = questions_key(dataset, [question.task for question in questions])
-    compare_to = [_compare_to(config, name, key) for name in config.evaluation.compare_to]
-    folder = config.run_folder / "evaluation" / _name(config, checkpoint, dataset)
+    compare_to = [_compare_to(config, other, key) for other in config.evaluation.compare_to]
+    name = _evaluation_folder_name(config, checkpoint, dataset)
+    folder = config.run_folder / "evaluation" / name
     make_folder(folder / "predictions")
     # Ignore cached predictions that the store does not list.
     stored = set(storage.names(folder / "predictions"))
@@ -128,7 +133,8 @@ def evaluate(
         pace = (time.monotonic() - started) / (len(predictions) - resumed)
         minutes = pace * (len(evaluated) - len(predictions)) / 60
         say(f"{len(predictions)}/{len(evaluated)} {prediction['task']}, {minutes:.1f} min left")
-    # The only place that reads answers, unless feedback.source=oracle.
+    # Load the true outputs only now, after all predictions (feedback.source=oracle loaded them in
+    # select_questions).
     answers = Dataset.open(config.data_folder, answers=True)
     tasks = [answers.tasks[task] for task in evaluated]
     results = score_predictions(config, dataset, checkpoint, tasks, predictions)
@@ -149,7 +155,7 @@ def _checkpoint(config: Config) -> Checkpoint:
     return checkpoint
 
 
-def _check(config: Config, checkpoint: Checkpoint, dataset: Dataset) -> None:
+def _check_compatible(config: Config, checkpoint: Checkpoint, dataset: Dataset) -> None:
     trm = checkpoint.state["trm"]
     if trm["seq_len"] != dataset.canvas**2:
         raise UserError(
@@ -175,7 +181,7 @@ def _check(config: Config, checkpoint: Checkpoint, dataset: Dataset) -> None:
         check_model(config.llama, config.models_folder)
 
 
-def _name(config: Config, checkpoint: Checkpoint, dataset: Dataset) -> str:
+def _evaluation_folder_name(config: Config, checkpoint: Checkpoint, dataset: Dataset) -> str:
     """Return a folder name that differs between evaluations whose predictions could differ."""
     kind = checkpoint.state["kind"]
     ignored = IGNORED_KEYS if kind == "hybrid" else IGNORED_KEYS | HYBRID_KEYS
@@ -214,7 +220,7 @@ def _write_outputs(
     folder: Path, tasks: Sequence[Task], predictions: Mapping[str, Prediction], results: Results
 ) -> None:
     if not results["oracle"]:
-        submission = {task.id: _attempts(task, predictions.get(task.id)) for task in tasks}
+        submission = {task.id: _guesses(task, predictions.get(task.id)) for task in tasks}
         write_json(folder / "submission.json", submission)
     write_results(folder, results)
     write_report(folder / "report.html", tasks, predictions, results)
@@ -224,12 +230,15 @@ PLACEHOLDER = [[0, 0], [0, 0]]
 """The grid submitted for a missing prediction, as in Kaggle's sample submission."""
 
 
-def _attempts(task: Task, prediction: Prediction | None) -> list[dict[str, list[list[int]]]]:
-    """Return both attempts for every test input; a single candidate is repeated."""
-    attempts = []
+def _guesses(task: Task, prediction: Prediction | None) -> list[dict[str, list[list[int]]]]:
+    """Return two guesses per test input, under Kaggle's keys attempt_1 and attempt_2.
+
+    A single candidate is repeated.
+    """
+    guesses = []
     for index in range(len(task.test)):
         candidates = prediction["tests"][index]["candidates"][:2] if prediction else []
         grids = [[[int(cell) for cell in row] for row in c["grid"]] for c in candidates]
         grids = (grids or [PLACEHOLDER]) * 2
-        attempts.append({"attempt_1": grids[0], "attempt_2": grids[1]})
-    return attempts
+        guesses.append({"attempt_1": grids[0], "attempt_2": grids[1]})
+    return guesses

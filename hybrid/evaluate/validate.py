@@ -24,10 +24,10 @@ class Validation:
     """The score of a checkpoint on held-out tasks, for choosing hyperparameters."""
 
     right: int
-    """Test outputs of held-out tasks that are correct within two attempts."""
+    """Test outputs of held-out tasks that one of two guesses matches exactly."""
     evaluated: int
     cells: float
-    """Mean over test outputs of the share of correct cells in the better of the two attempts."""
+    """Mean over test outputs of the share of correct cells in the better of the two guesses."""
 
     @property
     def objective(self) -> float:
@@ -70,7 +70,7 @@ def validate(
     # Answers are read only after all predictions are made.
     answers = Dataset.open(config.data_folder, answers=True)
     tasks = [answers.tasks[task] for task in dataset.evaluated]
-    ranked = {task: _two_attempts(prediction) for task, prediction in predictions.items()}
+    ranked = {task: _two_guesses(prediction) for task, prediction in predictions.items()}
     rate = score(tasks, ranked).outputs
     shares = [
         max((cell_share(grid, pair.output) for grid in grids), default=0.0)
@@ -90,7 +90,7 @@ def cell_share(grid: Grid, answer: Grid) -> float:
     return int(equal.sum()) / int(grid.size + answer.size - equal.size)
 
 
-def _two_attempts(prediction: Prediction) -> list[list[Grid]]:
+def _two_guesses(prediction: Prediction) -> list[list[Grid]]:
     return [
         [string_to_grid("\n".join(c["grid"])) for c in test["candidates"][:2]]
         for test in prediction["tests"]

@@ -40,7 +40,13 @@ from hybrid.errors import UserError
 from hybrid.evaluate import Job, Outcome, Question, describe, predict_locally
 from hybrid.evaluate import evaluate as evaluate_loudly
 from hybrid.evaluate.records import Prediction
-from hybrid.evaluate.run import HYBRID_KEYS, IGNORED_KEYS, SECTIONS, PredictAll, _name
+from hybrid.evaluate.run import (
+    HYBRID_KEYS,
+    IGNORED_KEYS,
+    SECTIONS,
+    PredictAll,
+    _evaluation_folder_name,
+)
 from hybrid.train import pretrain
 
 MakeConfig = Callable[..., Config]
@@ -307,7 +313,7 @@ def test_every_key_of_a_section_is_ignored_explicitly_or_changes_the_folder(
     checkpoint = newest(config.run_folder / "checkpoints")
     assert checkpoint
     dataset = Dataset.open(config.data_folder)
-    name = _name(config, checkpoint, dataset)
+    name = _evaluation_folder_name(config, checkpoint, dataset)
     ignored = IGNORED_KEYS if kind == "hybrid" else IGNORED_KEYS | HYBRID_KEYS
     keys = {f"{section}.{f.name}" for section in SECTIONS[kind] for f in fields(CONFIG[section])}
     assert {key for key in ignored if key.partition(".")[0] in SECTIONS[kind]} <= keys
@@ -315,7 +321,8 @@ def test_every_key_of_a_section_is_ignored_explicitly_or_changes_the_folder(
         section, _, key = dotted.partition(".")
         changed = copy.copy(getattr(config, section))  # unlike `replace`, skips validation
         object.__setattr__(changed, key, another(getattr(changed, key)))
-        renamed = _name(replace(config, **{section: changed}), checkpoint, dataset)
+        other = replace(config, **{section: changed})
+        renamed = _evaluation_folder_name(other, checkpoint, dataset)
         assert (renamed != name) == (dotted not in ignored), dotted
 
 
