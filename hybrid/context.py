@@ -23,11 +23,11 @@ T = TypeVar("T")
 
 
 class Signal(IntEnum):
-    """Request to a run from outside, handled between two steps."""
+    """Kind of request to a training loop from outside, handled after each step."""
 
     NONE = 0
     SAVE = 1
-    """Save a checkpoint now, because this worker is about to be lost."""
+    """Save a checkpoint now, because a worker may be lost soon."""
     STOP = 2
     """Save a checkpoint now and end the run."""
 

@@ -35,10 +35,14 @@ from hybrid.train import Diverged, Result, joint, pretrain
 RAY_FOLDER = "ray"
 """Subfolder of the run folder for Ray Train's own records."""
 USER_ERROR = "refusal.txt"
-"""File in it with the UserError that a single worker raised."""
+"""File in RAY_FOLDER that passes a UserError of one worker to the restarted group."""
 
 WAIT_FOR_NODES_MIN = 30
-"""Minutes to wait for a lost node; Ray Train retries once a minute."""
+"""Failed starts of the worker group that a run tolerates.
+
+A start that waits for a node fails after about a minute (Ray's default start timeout). Ray never
+resets the count during a run.
+"""
 
 _preempted = threading.Event()
 """Set when this worker's process receives SIGTERM."""
@@ -56,19 +60,23 @@ class RayContext(ProcessGroupContext):
     def __init__(self, run: str) -> None:
         super().__init__(ray.train.torch.get_device())
         self.gauges = Gauges(run)
-        self.saved_for: object = None
+        self._last_drain_notice: object = None
+        """Ray's PreemptionInfo already handled."""
 
     def rounds(self, stream: Stream, slots: range, total_slots: int, first: int) -> Iterator[Rows]:
         """Yield rounds of rows from Ray Data."""
         return ray_rounds(stream, slots, total_slots, first)
 
     def signal(self) -> Signal:
-        """Return SAVE if this process or a node of the cluster is about to be stopped."""
+        """Return SAVE once per drain notice for a node with workers of this run.
+
+        After SIGTERM to this process, return SAVE on every call.
+        """
         # The public get_preemption_info is a barrier over all workers, which is too slow for every
         # step; `agree` synchronizes them already.
-        warning = get_train_context().preemption_context.preemption_info
-        drained = warning is not None and warning != self.saved_for
-        self.saved_for = warning
+        notice = get_train_context().preemption_context.preemption_info
+        drained = notice is not None and notice != self._last_drain_notice
+        self._last_drain_notice = notice
         return Signal.SAVE if drained or _preempted.is_set() else Signal.NONE
 
     def gauge(self, metrics: Mapping[str, float]) -> None:
@@ -76,7 +84,10 @@ class RayContext(ProcessGroupContext):
         self.gauges.set(metrics)
 
     def report(self, metrics: Mapping[str, Any], checkpoint: Path) -> None:
-        """Report metrics and the checkpoint's URI; the checkpoint is already on shared storage."""
+        """Report metrics and the checkpoint's URI; the checkpoint is already on shared storage.
+
+        Raises WorkerPreempted on a worker that received SIGTERM.
+        """
         if _preempted.is_set():
             raise WorkerPreempted(f"SIGTERM: {checkpoint.name} is saved")
         ray.train.report({**metrics, "checkpoint": storage.uri(checkpoint)})
@@ -87,17 +98,22 @@ class _Backend(_TorchBackend):  # type: ignore[misc]
 
     def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
         super().on_training_start(worker_group, backend_config)
-        worker_group.execute(_handle_sigterm)
+        worker_group.execute(_install_sigterm_handler)
 
 
 class _TorchConfig(TorchConfig):  # type: ignore[misc]
+    """TorchConfig whose backend installs the SIGTERM handler on every worker."""
+
     @property
     def backend_cls(self) -> type:
         return _Backend
 
 
-def _handle_sigterm() -> None:
-    """Set `_preempted` on SIGTERM, in the main thread; a second SIGTERM calls the old handler."""
+def _install_sigterm_handler() -> None:
+    """Install a SIGTERM handler that sets `_preempted`; call this in the main thread.
+
+    The second SIGTERM calls the previous handler, if it is a function.
+    """
     previous = signal.getsignal(signal.SIGTERM)
 
     def handler(number: int, frame: FrameType | None) -> None:
@@ -132,8 +148,8 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     return {
         "step": result.step,
         "checkpoint": storage.uri(result.checkpoint),
-        "untrained": result.untrained,
-        "trained": result.trained,
+        "train_accuracy_before": result.train_accuracy_before,
+        "train_accuracy_after": result.train_accuracy_after,
         "validation": asdict(result.validation) if result.validation else None,
         "stopped": result.stopped,
     }
@@ -152,7 +168,7 @@ def _read_user_error(config: Config) -> str | None:
     return data.decode() if data else None
 
 
-def trainer(config: Config, kind: str, callbacks: list[Any] | None = None) -> TorchTrainer:
+def make_trainer(config: Config, kind: str, callbacks: list[Any] | None = None) -> TorchTrainer:
     """Return a trainer that runs the loop of `kind` (trm or hybrid) on the config's workers."""
     workers = config.cluster
     store, name = storage.filesystem(config.run_folder)
@@ -182,9 +198,13 @@ def trainer(config: Config, kind: str, callbacks: list[Any] | None = None) -> To
     )
 
 
-def run(trainer: TorchTrainer, config: Config) -> Result:
-    """Train and replace lost workers; rerunning resumes from the newest checkpoint."""
-    # With its own records, Ray would treat a longer run of a finished config as finished.
+def run_trainer(trainer: TorchTrainer, config: Config) -> Result:
+    """Train and replace lost workers; rerunning resumes from the newest checkpoint.
+
+    Deletes Ray Train's records of earlier runs first. Raises UserError or Diverged, and Ray's
+    WorkerGroupError after more than cluster.max_failures failures of the worker group.
+    """
+    # The records include USER_ERROR, which would end this run as well.
     storage.remove(config.run_folder / RAY_FOLDER)
     try:
         returned = trainer.fit().return_value
@@ -219,7 +239,7 @@ def fit(config: Config, kind: str) -> Result:
     """Run the loop of `kind` (trm or hybrid) on a cluster."""
     with cluster(config, workers=config.cluster.min_workers, spare_cpus=1):
         # In the main thread, Ray Train would install its own SIGINT handler and abort.
-        return _in_thread(lambda: run(trainer(config, kind), config))
+        return _in_thread(lambda: run_trainer(make_trainer(config, kind), config))
 
 
 def _in_thread(work: Callable[[], T]) -> T:

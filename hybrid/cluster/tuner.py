@@ -24,7 +24,7 @@ from hybrid import storage
 from hybrid.cluster.prompt_cache import cache_prompts_on_ray
 from hybrid.cluster.runtime import cluster
 from hybrid.cluster.searchers import OBJECTIVE, OptunaSearch, RandomSearch, known_trials
-from hybrid.cluster.trainer import run, trainer
+from hybrid.cluster.trainer import make_trainer, run_trainer
 from hybrid.config import Config, differences, from_dict, to_dict
 from hybrid.context import LocalContext
 from hybrid.dataset import Dataset, prepare
@@ -258,7 +258,8 @@ def _train_trial(settings: dict[str, Any], base: dict[str, Any]) -> None:
     try:
         check(config, Joint.kind, Joint.sections)
         if config.cluster.num_workers:
-            result = run(trainer(config, Joint.kind, [TuneReportCallback()]), config)
+            trainer = make_trainer(config, Joint.kind, [TuneReportCallback()])
+            result = run_trainer(trainer, config)
         else:
             share_cores(1)
             result = joint(config, _TrialContext(compute_device(config.cluster.use_gpu)))

@@ -1,13 +1,17 @@
 """The hybrid model: a language model reads, the TRM predicts, latents are passed both ways.
 
-    latent   = to_text(z_H, z_L)                     soft tokens for the language model
-    hidden   = reader(problem, latent, feedback)     read after the cached problem
-    delta    = to_latent(hidden)                     change of the TRM's states
-    z_H, z_L = TRM ACT steps from (z_H, z_L) + delta
+    soft     = to_text(z_H, z_L)                 [n, k, H], soft tokens for the language model
+    hidden   = reader(prompt, soft, feedback)    [n, H], read after the cached prompt
+    delta    = to_latent(hidden)                 [n, P+L, D] each for z_H, z_L and x
+    z_H, z_L = act_steps ACT steps from (z_H, z_L) + delta, with x + delta["x"]
     grid     = argmax of the logits; its feedback enters the next attempt
 
-Gradient flows through all of it, and the states carry over from attempt to attempt. If the adapters
-output zeros, n attempts equal n * `act_steps` ACT steps of the TRM, bit for bit.
+Shapes: B initial batch, n active rows, P puzzle positions, L canvas cells, D TRM width, H LLM
+width, k soft tokens.
+
+Gradients flow from the logits through states, adapters and LLM activations, back through at most
+`bptt` attempts; not through decoded grids, feedback text or generated tokens. If `to_latent`
+returns zeros, the forward pass of n attempts equals n * `act_steps` ACT steps, bit for bit.
 """
 
 from __future__ import annotations
@@ -41,17 +45,17 @@ class AttemptState:
     current: dict[str, Tensor]
     """The rows' batch: inputs, optionally others, [n, ...] each."""
     puzzle_rows: Tensor
-    """Puzzle embeddings of the *initial* batch; indexed again in each attempt because backward()
-    frees the graph of the indexed copy."""
+    """[B, puzzle_emb_ndim], initial batch. Each attempt gathers its rows anew, because backward()
+    frees the gather's graph."""
     prompt_cache: PromptCache | None
-    """Cached problems of the rows; None without a reader."""
+    """Cached prompts of the rows; None with adapter.inject=none."""
     z_H: Tensor
     z_L: Tensor
     histories: tuple[tuple[str, ...], ...]
     """Feedback lines of each row's latest attempts."""
 
     def detach(self) -> AttemptState:
-        """Return a copy detached from the graph, including the cache of a trained LLM."""
+        """Detach z_H, z_L and the prompt cache in a copy; puzzle embeddings stay attached."""
         cache = self.prompt_cache
         if cache:
             layers = tuple((keys.detach(), values.detach()) for keys, values in cache.layers)
@@ -76,16 +80,17 @@ class AttemptState:
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """Output of the language model for n rows, detached."""
+    """Hidden state and text of the language model, and the deltas; tensors are detached."""
 
     hidden: Tensor | None
-    """[n, H]; None without a reader."""
-    latent: Tensor | None
-    """[n, states * (P+L), D], the deltas added to the TRM's states."""
+    """[n, H]; None with adapter.inject=none."""
+    delta: Tensor | None
+    """[n, S*(P+L), D]: outputs of `to_latent` concatenated over the S targets (z_H, z_L, x) of
+    adapter.inject; None with adapter.inject=none."""
     reasoning: list[str]
     """Generated text of each row, possibly empty."""
     llm_tokens: list[int]
-    """Tokens processed for each row, without the cached problem."""
+    """Tokens processed for each row, without the cached prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +100,12 @@ class Attempt:
     number: int
     """1, 2, ..."""
     state: AttemptState
-    """State after the attempt."""
+    """States after the attempt; rows and histories as before it."""
     outputs: Outputs
+    """Outputs of the attempt's last ACT step."""
     reading: Reading
     results: list[AttemptResult]
+    """One per active row; `result.row` indexes the initial batch."""
     feedbacks: list[Feedback]
     ended: Tensor
     """[n] bool, True for rows that make no further attempt."""
@@ -107,7 +114,11 @@ class Attempt:
 
 
 class HybridModel(nn.Module):
-    """TRM and adapters, trained jointly around a reader that is not a submodule."""
+    """TRM and adapters around a language model.
+
+    A frozen language model is not a submodule; with llama.frozen=false its decoder is, as `llama`,
+    and is trained.
+    """
 
     def __init__(
         self, trm: TRM, reader: Reader | None, config: AdapterConfig, *, act_steps: int, seed: int
@@ -163,9 +174,9 @@ class HybridModel(nn.Module):
         hidden, reasoning, llm_tokens = None, [""] * count, [0] * count
         if self.to_latent is not None and self.to_text is not None:
             assert self.reader is not None and state.prompt_cache is not None
-            latent = self.to_text(state.z_H, state.z_L)
+            soft_tokens = self.to_text(state.z_H, state.z_L)
             hidden, reasoning, llm_tokens = self.reader.read(
-                state.prompt_cache, latent, state.histories, recompute
+                state.prompt_cache, soft_tokens, state.histories, recompute
             )
             positions = self.trm.position_indices(state.z_H.shape[1])
             delta = {
@@ -187,7 +198,7 @@ class HybridModel(nn.Module):
             )
         reading = Reading(
             hidden=None if hidden is None else hidden.detach(),
-            latent=torch.cat([d.detach() for d in delta.values()], dim=1) if delta else None,
+            delta=torch.cat([d.detach() for d in delta.values()], dim=1) if delta else None,
             reasoning=reasoning,
             llm_tokens=llm_tokens,
         )
@@ -207,8 +218,11 @@ def attempts(
 ) -> Iterator[Attempt]:
     """Yield up to `max_attempts` attempts; stopped rows leave the batch.
 
-    `min_attempts` are per row and override the feedback's stop. The states are detached after every
-    `bptt` attempts; the attempt before that has `cut` set, and so has the last one.
+    `min_attempts` [B]: attempts a row makes even if feedback stops it. `history`: latest feedback
+    lines passed on per row, 0 for none. `bptt`: detach the states after every `bptt` attempts; None
+    never. `cut` is True on attempts bptt, 2*bptt, ... and on the last: add up losses and call
+    backward() when it is set, before requesting the next attempt. `recompute`: gradient
+    checkpointing.
     """
     for number in range(1, max_attempts + 1):
         state, outputs, reading = model.attempt(state, recompute=recompute)
@@ -243,7 +257,11 @@ def attempts(
 
 
 def read_predictions(state: AttemptState, outputs: Outputs) -> list[AttemptResult]:
-    """Return each row's tokens, grid, confidence and least confident cells."""
+    """Return each row's tokens, grid, confidence and least confident cells.
+
+    confidence: sigmoid of the halt logit; least_confident: cells of the grid with the smallest
+    top-1 minus top-2 logit.
+    """
     with torch.no_grad():
         top = outputs.logits.topk(2, dim=-1)
         tokens = top.indices[..., 0].to(torch.uint8).cpu().numpy()
@@ -259,7 +277,10 @@ def read_predictions(state: AttemptState, outputs: Outputs) -> list[AttemptResul
 def extract_grid(
     tokens: npt.NDArray[np.uint8], inputs: npt.NDArray[np.uint8]
 ) -> tuple[Grid, tuple[int, int]]:
-    """Return the grid in `tokens` [L] and its top-left cell, which is that of `inputs` [L]."""
+    """Return the grid decoded from `tokens` [L], and (row, column) of its top-left cell.
+
+    The cell is taken from `inputs` [L]: both are translated equally.
+    """
     side = isqrt(len(tokens))
     top, left = divmod(int((inputs >= FIRST_COLOUR).argmax()), side)
     moved = np.full((side, side), PAD, np.uint8)

@@ -258,15 +258,15 @@ def _loss(attempt: Attempt) -> tuple[Tensor, Sums]:
     # Variance needs at least two rows.
     compared = len(number) if len(number) > 1 else 0
     sums["compared"] = loss.new_tensor(compared)
-    sums["latent_variance"] = compared * latent_variance(attempt.reading.latent).to(loss)
+    sums["latent_variance"] = compared * latent_variance(attempt.reading.delta).to(loss)
     return loss, sums
 
 
-def latent_variance(latent: Tensor | None) -> Tensor:
-    """Return the share of the latent that differs between rows, 0..1; below 0.2 it collapsed."""
-    if latent is None or len(latent) < 2:
+def latent_variance(delta: Tensor | None) -> Tensor:
+    """Return the share of the deltas that differs between rows, 0..1; below 0.2 they collapsed."""
+    if delta is None or len(delta) < 2:
         return torch.zeros(())
-    flat = latent.flatten(1).float()
+    flat = delta.flatten(1).float()
     power = flat.square().sum(1).mean()
     shared = flat.mean(0).square().sum()
     return (1 - shared / power.clamp_min(1e-30)).clamp(0, 1) * (power > 0)

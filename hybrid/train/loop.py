@@ -1,6 +1,8 @@
 """The training loop shared by TRM and hybrid: resuming, steps, metrics and checkpoints.
 
-A `TrainModule` provides the parts in which the two differ.
+The batch is persistent: a *slot* (batch index) keeps its training row until it halts, then takes
+its next one; the k-th row of every slot forms *round* k, counted from 0. A `TrainModule` (like a
+LightningModule) holds model, optimizer state and training step.
 """
 
 from __future__ import annotations
@@ -34,24 +36,31 @@ class Result:
 
     step: int
     checkpoint: Path
-    untrained: float | None
-    """Exact accuracy on training pairs before the first step; None if it was not measured."""
-    trained: float | None
+    """Folder of the checkpoint at `step`."""
+    train_accuracy_before: float | None
+    """Share (0..1) of training pairs predicted exactly before step 1; None on ranks > 0 or if
+    train_accuracy_pairs=0."""
+    train_accuracy_after: float | None
+    """The same after the last step; also None if the run stopped early."""
     validation: Validation | None = None
-    """Scores on held-out tasks; None if the dataset has none."""
+    """Scores on held-out tasks; None on ranks > 0, without held-out tasks, or if this step was not
+    a scheduled checkpoint."""
     stopped: bool = False
     """True if the run stopped on request before its last step."""
 
 
 def train(config: Config, context: RunContext, make: MakeTrainModule) -> Result:
-    """Train to the last step, resuming from the newest checkpoint of the run folder if any."""
+    """Train to the last step, resuming from the newest checkpoint of the run folder if any.
+
+    Raises UserError, CollectiveUserError, Diverged.
+    """
     run = _Run(config, context, make)
     module, state = run.module, run.state
-    resumed_at = state.step if run.resumed else None
+    resume_step = state.step if run.resume_from else None
     with RunTracker(
-        config, project=module.project, rank=context.rank, resumed_at=resumed_at
+        config, project=module.project, rank=context.rank, resumed_at=resume_step
     ) as tracker:
-        origin = f"resumed from {run.resumed.folder}" if run.resumed else "new run"
+        origin = f"resumed from {run.resume_from.folder}" if run.resume_from else "new run"
         log.info("step %d of %d, %s", state.step, run.total_steps, origin)
         if state.step == 0:
             module.setup()
@@ -66,8 +75,8 @@ def train(config: Config, context: RunContext, make: MakeTrainModule) -> Result:
     return Result(
         step=state.step,
         checkpoint=run.checkpoint,
-        untrained=accuracies.get(0),
-        trained=accuracies.get(state.step),
+        train_accuracy_before=accuracies.get(0),
+        train_accuracy_after=accuracies.get(state.step),
         validation=validations.get(state.step),
         stopped=state.step < run.total_steps,
     )
@@ -84,17 +93,17 @@ class _Run:
         self.total_steps = total_steps(config, len(self.stream))
         slots = worker_slots(config.training.batch_size, context.rank, context.world_size)
         self.folder = config.run_folder / CHECKPOINTS
-        self.resumed = _newest_for_all(self.folder, context)
+        self.resume_from = _newest_for_all(self.folder, context)
         # A resumed run needs no initial checkpoint, which may have been deleted.
-        trm = replace(config.trm, init_from=None) if self.resumed else config.trm
+        trm = replace(config.trm, init_from=None) if self.resume_from else config.trm
         self.module = make(replace(config, trm=trm), self.dataset, context, slots)
         self.state = self.module.state
-        if self.resumed:
+        if self.resume_from:
             check_unchanged(
-                config, self.dataset, self.resumed, self.module.kind, self.module.sections
+                config, self.dataset, self.resume_from, self.module.kind, self.module.sections
             )
-            check_same_llm(config, self.resumed, self.module.metadata())
-            restore(self.state, self.resumed)
+            check_same_llm(config, self.resume_from, self.module.metadata())
+            restore(self.state, self.resume_from)
         first = int(self.state.rows_consumed.min())
         rounds = context.rounds(self.stream, slots, config.training.batch_size, first)
         sides = self.state.carry.current["side"]
@@ -124,7 +133,7 @@ class _Run:
             stop = stop_file.signal() if self.context.rank == 0 else Signal.NONE
             signal = self.context.agree(max(self.context.signal(), stop))
             saving = self.must_save() or signal is not Signal.NONE
-            # A run that resumes here would lose metrics that are not written yet.
+            # Flush metrics before a checkpoint: a run resumed from it does not repeat these steps.
             metrics.add(sums, self.loader.waited, saving)
             if self.state.step == self.total_steps:
                 metrics.measure_train_accuracy()
@@ -152,7 +161,11 @@ class _Run:
 
 
 def _newest_for_all(folder: Path, context: RunContext) -> Checkpoint | None:
-    """Return the newest complete checkpoint, the same on all workers; only rank 0 hashes it."""
+    """Return the newest intact checkpoint, the same on all workers.
+
+    On a shared folder only rank 0 verifies digests; with a URI root every worker does. Raises
+    CollectiveUserError if all are damaged.
+    """
     checkpoint, problem = None, None
     if context.rank == 0:
         try:

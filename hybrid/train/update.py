@@ -18,6 +18,7 @@ from hybrid.trm import Batch, learning_rate, sign_sgd_
 from hybrid.trm.model import Slots
 
 Sums = dict[str, Tensor]
+"""Scalar tensors by metric name, summed over this worker's rows."""
 
 
 class Diverged(RuntimeError):

@@ -51,7 +51,7 @@ def test_one_ray_worker_trains_the_same_hybrid_as_no_cluster(
     """Rows from Ray Data and prompts from the worker must belong to the same variants."""
     result = joint(hybrid("hybrid-one"))
     assert_close(local_run, result.checkpoint, 0, 0)
-    assert result.trained is not None
+    assert result.train_accuracy_after is not None
 
 
 def test_actors_give_the_same_predictions_as_one_process(

@@ -151,7 +151,7 @@ def test_adapters_cover_the_puzzle_prefix(case_of: Cases, prefix: int) -> None:
     state, outputs, reading = case.model.attempt(case.initial_state())
     assert case.model.to_latent.positions.shape == (3, prefix + 16, 16)
     assert reading.hidden.shape == (3, 32)
-    assert reading.latent.shape == (3, 3 * (prefix + 16), 16)
+    assert reading.delta.shape == (3, 3 * (prefix + 16), 16)
     assert state.z_H.shape == (3, prefix + 16, 16) and outputs.logits.shape == (3, 16, 12)
 
 

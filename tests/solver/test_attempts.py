@@ -227,7 +227,7 @@ def test_inject_none_never_calls_the_reader(case_of: Cases, spy: Any) -> None:
     calls = spy(case)
     made = run(case, Scripted(1, 2, 2), 3)
     assert calls["read"] == [] and len(calls["recurse"]) == 2
-    assert made[0].reading.hidden is None and made[0].reading.latent is None
+    assert made[0].reading.hidden is None and made[0].reading.delta is None
     assert made[0].reading.llm_tokens == [0] * 3 and made[0].reading.reasoning == [""] * 3
 
 

@@ -209,8 +209,8 @@ def test_a_tiny_model_learns_its_training_pairs(tmp_path: Path, train: Train) ->
     )
     prepare(config.data, config.data_folder, lambda line: None)
     result = train(config)
-    assert result.untrained == 0
-    assert result.trained is not None and result.trained > 0.25
+    assert result.train_accuracy_before == 0
+    assert result.train_accuracy_after is not None and result.train_accuracy_after > 0.25
     accuracies = [m["exact_accuracy"] for m in metrics(config.run_folder) if "loss" in m]
     assert accuracies == sorted(accuracies) and accuracies[-1] > 0.2
 

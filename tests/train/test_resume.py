@@ -258,7 +258,7 @@ def test_rerunning_a_finished_run_changes_nothing(copy_run: CopyRun, train: Trai
     written = (config.run_folder / "metrics.jsonl").read_text()
     assert train(config) == first
     assert (config.run_folder / "metrics.jsonl").read_text() == written
-    assert first.untrained is not None and first.trained is not None
+    assert first.train_accuracy_before is not None and first.train_accuracy_after is not None
 
 
 def test_diverged_run_raises_with_step_and_last_good_checkpoint(
