@@ -287,12 +287,12 @@ def test_a_run_moved_between_machines_matches_a_local_run(
 
     first = stored / "predictions" / f"{EVALUATED[0]}.json"
     storage.remove(first)
-    assert "3 tasks, 2 already answered" in stdout_of(run("evaluate", remote, tmp_path / "six"))
+    assert "3 tasks, 2 already predicted" in stdout_of(run("evaluate", remote, tmp_path / "six"))
     # As if the process was killed before the upload: the task is evaluated and uploaded again.
     store, name = storage.filesystem(first)
     assert store is not None
     store.delete_file(name)
-    assert "3 tasks, 2 already answered" in stdout_of(run("evaluate", remote, tmp_path / "six"))
+    assert "3 tasks, 2 already predicted" in stdout_of(run("evaluate", remote, tmp_path / "six"))
     assert storage.exists(first)
 
 

@@ -124,7 +124,7 @@ def evaluate(
     }
     resumed = len(predictions)
     remaining = [question for question in questions if question.task.id not in predictions]
-    say(f"{storage.uri(folder)}: {len(evaluated)} tasks, {resumed} already answered")
+    say(f"{storage.uri(folder)}: {len(evaluated)} tasks, {resumed} already predicted")
     job = Job(checkpoint=checkpoint, config=config)
     started = time.monotonic()
     for prediction in predict_all(job, remaining) if remaining else ():

@@ -251,6 +251,6 @@ def test_evaluation_ended_by_too_many_lost_actors_is_resumed_by_a_rerun(
     out, _ = process.communicate(timeout=60)
     print(out)
     assert process.returncode == 1
-    answered = len(list(folders.glob("*/predictions/*.json")))
+    predicted = len(list(folders.glob("*/predictions/*.json")))
     rerun = head.run(*command, RAY_ADDRESS=head.address)
-    assert rerun.code == 0 and f"{answered} already answered" in rerun.out, rerun.out
+    assert rerun.code == 0 and f"{predicted} already predicted" in rerun.out, rerun.out
